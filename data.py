@@ -1,0 +1,461 @@
+"""Audio: log-mel spectrograms of whole batches, block masks, packed clips in their order, augmentation.
+
+Sound travels as int16 PCM from packed clips (written by prepare.py) to the device, and becomes a normalised log-mel
+spectrogram there, a batch at a time. Every random choice is a function of (seed, stream, step, place in the global batch), so
+that it depends neither on the number of processes or workers nor on accumulation, and a resumed run goes on exactly.
+
+This file must not know networks, checkpoints or command lines.
+"""
+import functools
+import hashlib
+import json
+import os
+import re
+import signal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torchaudio.compliance import kaldi
+
+SAMPLE_RATE = 16000
+WINDOW_SAMPLES = 400        # 25 ms
+HOP_SAMPLES = 160           # 10 ms
+N_MELS = 128
+WINDOWS = ('hamming', 'hanning')
+FORMAT_VERSION = 1
+
+
+class DataError(Exception):
+    """Data that is missing or wrong: the message is one line that names the file and says what to do."""
+
+
+# -------------------------------------------------------------------------------------------------------------- randomness
+
+STREAMS = ('order', 'crop', 'mask', 'noise', 'augment', 'mixup', 'few_labels')
+
+
+def random(seed, stream, *where):
+    """A numpy generator for one purpose (a name in STREAMS) at one place, say (step, place in the global batch)."""
+    return np.random.default_rng([seed, STREAMS.index(stream), *where])
+
+
+def torch_random(device, seed, stream, *where):
+    """The same for torch, on the device."""
+    state = int(random(seed, stream, *where).integers(2 ** 63))
+    return torch.Generator(device).manual_seed(state)
+
+
+# ------------------------------------------------------------------------------------------------------------ spectrograms
+
+def frames_in(samples):
+    """Frames of a clip of that many samples (kaldi's snip_edges); works on numbers and tensors."""
+    return (samples - WINDOW_SAMPLES) // HOP_SAMPLES + 1
+
+
+def samples_for(frames):
+    """The fewest samples that give so many frames."""
+    return (frames - 1) * HOP_SAMPLES + WINDOW_SAMPLES
+
+
+@functools.lru_cache(maxsize=8)
+def window_and_banks(window, device):
+    """(400,) kaldi window (symmetric, unlike torch's default) and (257, 128) mel filters, 20 Hz - 8 kHz."""
+    make = {'hamming': torch.hamming_window, 'hanning': torch.hann_window}[window]
+    banks, _ = kaldi.get_mel_banks(N_MELS, 512, SAMPLE_RATE, 20.0, 0.0, 100.0, -500.0, 1.0)
+    return make(WINDOW_SAMPLES, periodic=False).to(device), F.pad(banks, (0, 1)).T.contiguous().to(device)
+
+
+def fbank(wave, lengths, window='hamming'):
+    """Kaldi's log-mel filterbank of a batch, equal to torchaudio.compliance.kaldi.fbank clip by clip.
+
+    wave (B, samples) float32 in [-1, 1], zero behind each clip's end; lengths (B,) its real samples; window 'hamming' or
+    'hanning'. -> (B, frames, 128): natural logarithm of the mel energies, 0 in the frames behind a clip's last.
+    """
+    weights, banks = window_and_banks(window, wave.device)
+    # On a CPU one clip at a time: its frames then stay in the cache, which is four times faster than the whole batch.
+    parts = wave.split(1) if wave.device.type == 'cpu' else [wave]
+    energy = torch.cat([log_energies(part, weights, banks) for part in parts])           # (B, frames, 128)
+    real = torch.arange(energy.shape[1], device=wave.device) < frames_in(lengths)[:, None]
+    return energy * real[:, :, None]
+
+
+def log_energies(wave, window, banks):
+    """(B, samples) -> (B, frames, 128): kaldi's steps in kaldi's order, so that even the rounding is the same."""
+    frames = wave.unfold(1, WINDOW_SAMPLES, HOP_SAMPLES)                    # (B, frames, 400)
+    frames = frames - frames.mean(dim=2, keepdim=True)                      # DC offset
+    previous = torch.cat([frames[..., :1], frames[..., :-1]], dim=2)        # the first sample is its own predecessor
+    frames = (frames - 0.97 * previous) * window                            # pre-emphasis
+    power = torch.fft.rfft(frames, n=512).abs().square()                    # (B, frames, 257)
+    return (power @ banks).clamp_min(torch.finfo(torch.float32).eps).log()
+
+
+def log_mel(pcm, lengths, frames, window, mean, std, gain=None):
+    """Int16 PCM to the network's input: scale, remove the clip's mean, fbank, pad with 0 or cut, normalise.
+
+    pcm (B, samples) int16, lengths (B,) real samples, gain (B,) factors or None. -> (B, frames, 128) float32, (x - mean) / (2 std)
+    """
+    wave = pcm.float() / 32768
+    real = torch.arange(wave.shape[1], device=wave.device) < lengths[:, None]
+    wave = (wave - (wave * real).sum(dim=1, keepdim=True) / lengths[:, None].clamp_min(1)) * real
+    if gain is not None:
+        wave = wave * gain[:, None]
+    if wave.shape[1] < WINDOW_SAMPLES:
+        wave = F.pad(wave, (0, WINDOW_SAMPLES - wave.shape[1]))
+    x = fbank(wave, lengths, window)[:, :frames]
+    x = F.pad(x, (0, 0, 0, frames - x.shape[1]))                            # zeros in the log-mel domain
+    return (x - mean) / (2 * std)
+
+
+# ------------------------------------------------------------------------------------------------------------------- masks
+
+def block_masks(batch, n_students, grid, mask_ratio, block, generator, adjust=0.07):
+    """Inverse block masks with an exact count (data2vec 2.0): blocks of patches are KEPT, the rest is masked.
+
+    grid (rows, columns) of patches; block: side of a block; adjust: extra share of blocks, since blocks overlap;
+    generator: torch.Generator, whose device the masks are on. -> (batch, n_students, rows * columns) bool, True = masked;
+    int(P * (1 - mask_ratio)) are False in every view.
+    """
+    rows, columns = grid
+    patches, views, device = rows * columns, batch * n_students, generator.device
+    n_keep = int(patches * (1 - mask_ratio))
+    n_blocks = int(patches * (1 - mask_ratio + adjust) / block ** 2)
+    centre = torch.randint(patches, (views, n_blocks), generator=generator, device=device)
+    offset = torch.arange(block, device=device) - block // 2
+    row = (centre[:, :, None] // columns + offset).clamp(0, rows - 1)       # (V, blocks, block); the border takes what lies
+    column = (centre[:, :, None] % columns + offset).clamp(0, columns - 1)  # beyond it, so that edge blocks are truncated
+    cells = row[:, :, :, None] * columns + column[:, :, None, :]            # (V, blocks, block, block)
+    # Blocks score 1, all places a random part in [0, 1): the n_keep highest are the blocks, thinned or filled up at random.
+    score = torch.zeros(views, patches, device=device).scatter_(1, cells.flatten(1), 1.0)
+    score += torch.rand(views, patches, generator=generator, device=device)
+    keep = score.topk(n_keep, dim=1, sorted=False).indices
+    mask = torch.ones(views, patches, dtype=torch.bool, device=device).scatter_(1, keep, False)
+    return mask.view(batch, n_students, patches)
+
+
+# ------------------------------------------------------------------------------------------------------------ packed clips
+
+class Clips:
+    """Chosen clips of one or more prepared sets: index arrays in memory, PCM in memory-mapped shards.
+
+    Arrays, one entry per clip: shard, offset and length (samples), fold (index into fold_names), hash (stable, of
+    its key), label (class index, -1 without one; or packed bits (n, ceil(classes / 8)) for multi-label sets).
+    """
+
+    def __init__(self, shards, arrays, metas):
+        self.shards, self.arrays, self.metas = shards, arrays, metas
+        self.opened = {}
+
+    def __len__(self):
+        return len(self.arrays['offset'])
+
+    def __getattr__(self, name):
+        if name.startswith('__') or name == 'arrays' or name not in self.arrays:
+            raise AttributeError(name)
+        return self.arrays[name]
+
+    def __getstate__(self):                                                 # a worker process opens the shards itself
+        return {**self.__dict__, 'opened': {}}
+
+    @property
+    def classes(self):
+        return self.metas[0]['classes']
+
+    @property
+    def multi_label(self):
+        return self.metas[0]['multi_label']
+
+    def select(self, chosen):
+        """The clips at these indices, or where this mask is True."""
+        return Clips(self.shards, {name: array[chosen] for name, array in self.arrays.items()}, self.metas)
+
+    def read(self, i, start=0, count=None):
+        """int16 samples of clip i, at most count of them from start."""
+        shard, offset, length = int(self.shard[i]), int(self.offset[i]), int(self.length[i])
+        if shard not in self.opened:
+            self.opened[shard] = np.memmap(self.shards[shard] + '.pcm', dtype=np.int16, mode='r')
+        stop = length if count is None else min(length, start + count)
+        return np.asarray(self.opened[shard][offset + start:offset + stop])
+
+    def keys(self):
+        """The file names, read from the shards when asked for (they are the larger part of an index)."""
+        loaded = {shard: np.load(self.shards[shard] + '.npz')['keys'] for shard in np.unique(self.shard)}
+        return [str(loaded[shard][row]) for shard, row in zip(self.shard, self.row)]
+
+    def targets(self, indices):
+        """(len(indices), classes) float32: one-hot, or several ones per row for a multi-label set."""
+        if self.multi_label:
+            return np.unpackbits(self.label[indices], axis=1, count=len(self.classes)).astype(np.float32)
+        return np.eye(len(self.classes), dtype=np.float32)[self.label[indices]]
+
+    def statistics(self, window):
+        """Mean and standard deviation of the log-mel values over all real frames of these clips."""
+        total, squares = self.stats[:, WINDOWS.index(window)].sum(axis=0)
+        count = float(frames_in(self.length).sum() * N_MELS)
+        mean = total / count
+        return float(mean), float(np.sqrt(squares / count - mean ** 2))
+
+    def fingerprint(self):
+        """A short text that changes when the chosen clips or their order change."""
+        digest = hashlib.sha256(json.dumps([m['name'] for m in self.metas]).encode())
+        for name in ('hash', 'length', 'label'):
+            digest.update(np.ascontiguousarray(self.arrays[name]).tobytes())
+        return digest.hexdigest()[:16]
+
+
+def words(text):
+    """'a, b' -> ['a', 'b']"""
+    return [word.strip() for word in text.split(',') if word.strip()]
+
+
+def open_clips(names, data_dir='data', splits=('train',), leave_out=(), only_fold=None):
+    """Open prepared sets as one list of clips.
+
+    names: prepared sets, folders in data_dir. splits: those to take. leave_out: 'set/fold' parts to leave out, where
+    a fold is one of the set's folds (a speaker, 1 to 5, ...). only_fold: keep nothing but this fold. Raises DataError.
+    """
+    if not names:
+        raise DataError('dataset names no prepared set: write --dataset=NAME')
+    metas, shards, parts = [], [], []
+    for name in names:
+        folder = os.path.join(data_dir, name)
+        meta = read_meta(folder)
+        out_folds = folds_left_out(name, meta, names, leave_out)
+        if only_fold is not None and only_fold not in meta['folds']:
+            raise DataError(f'fold {only_fold!r} is not in {folder}: its folds are {", ".join(meta["folds"]) or "none"}')
+        for split in splits:
+            for row_count, base, index in read_shards(folder, split, meta):
+                folds = np.array(meta['folds'] + [''])[index['fold']] if row_count else np.array([], dtype=str)
+                chosen = ~np.isin(folds, out_folds)
+                if only_fold is not None:
+                    chosen &= folds == only_fold
+                index.update(shard=np.full(row_count, len(shards), np.int32), row=np.arange(row_count, dtype=np.int32))
+                parts.append({key: array[chosen] for key, array in index.items()})
+                shards.append(base)
+        metas.append(meta)
+    if len(metas) > 1:                                                      # classes of different sets have no common order
+        parts = [{**part, 'label': np.full(len(part['offset']), -1, np.int32)} for part in parts]
+    arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]} if parts else {}
+    if not parts or not len(arrays['offset']):
+        raise DataError(f'no clips left in {", ".join(names)} (splits {", ".join(splits)}, fold {only_fold}, '
+                        f'left out: {", ".join(leave_out) or "nothing"})')
+    return Clips(shards, arrays, metas)
+
+
+def folds_left_out(name, meta, names, leave_out):
+    """The folds of this set that leave_out names; every entry must name a set in use and one of its folds."""
+    folds = []
+    for entry in leave_out:
+        owner, slash, fold = entry.partition('/')
+        if not slash or owner not in names:
+            raise DataError(f'leave_out: {entry!r} is not SET/FOLD with one of the sets {", ".join(names)}')
+        if owner == name:
+            if fold not in meta['folds']:
+                raise DataError(f'leave_out: {name} has no fold {fold!r}, only {", ".join(meta["folds"]) or "none"}')
+            folds.append(fold)
+    return folds
+
+
+def read_meta(folder):
+    """The checked meta.json of a prepared set."""
+    path = os.path.join(folder, 'meta.json')
+    try:
+        with open(path, encoding='utf-8') as f:
+            meta = json.load(f)
+    except FileNotFoundError:
+        raise DataError(f'{path} is missing: prepare the set first, see `python prepare.py --help`') from None
+    except (OSError, ValueError) as error:
+        raise DataError(f'{path} cannot be read ({error}): prepare the set again') from None
+    wanted = {'name': str, 'version': int, 'sample_rate': int, 'classes': list, 'multi_label': bool, 'folds': list}
+    for key, kind in wanted.items():
+        if not isinstance(meta, dict) or not isinstance(meta.get(key), kind):
+            raise DataError(f'{path} has no valid {key!r}: prepare the set again')
+    if meta['version'] != FORMAT_VERSION or meta['sample_rate'] != SAMPLE_RATE:
+        raise DataError(f'{path} is of format {meta["version"]} at {meta["sample_rate"]} Hz; this code reads format '
+                        f'{FORMAT_VERSION} at {SAMPLE_RATE} Hz: prepare the set again')
+    return meta
+
+
+def read_shards(folder, split, meta):
+    """Yield (clips, path without suffix, {array name: array}) of every shard of a split, checked against its PCM file."""
+    pattern = re.compile(re.escape(split) + r'-\d{5}\.npz')
+    for file in sorted(f for f in os.listdir(folder) if pattern.fullmatch(f)):
+        base = os.path.join(folder, file[:-4])
+        try:
+            with np.load(base + '.npz', allow_pickle=False) as stored:
+                index = {'offset': stored['offsets'], 'length': stored['lengths'], 'label': stored['labels'],
+                         'fold': stored['folds'], 'hash': stored['hashes'], 'stats': stored['stats']}
+            size = os.path.getsize(base + '.pcm') // 2
+        except (OSError, ValueError, KeyError, EOFError) as error:
+            raise DataError(f'the shard {base} cannot be read ({error}): delete it and prepare the set again') from None
+        clips = len(index['offset'])
+        if any(len(array) != clips for array in index.values()) or clips and (
+                (index['offset'] < 0).any() or (index['length'] < WINDOW_SAMPLES).any()
+                or (index['offset'] + index['length'] > size).any()
+                or (index['fold'] < -1).any() or (index['fold'] >= len(meta['folds'])).any()
+                or not meta['multi_label'] and ((index['label'] < -1) | (index['label'] >= len(meta['classes']))).any()):
+            raise DataError(f'the shard {base} does not fit its .pcm file or meta.json: delete it and prepare the set again')
+        yield clips, base, index
+
+
+def key_hash(key):
+    """A stable 32-bit number of a file name: the same on every machine, for splits that do not depend on order."""
+    return int.from_bytes(hashlib.sha1(key.encode('utf-8', 'surrogateescape')).digest()[:4], 'big')
+
+
+def carve_validation(clips, part):
+    """Split training clips into (rest, validation) by the stable hash of their keys; part is validation's share."""
+    is_valid = clips.hash % 1000 < round(part * 1000)
+    return clips.select(~is_valid), clips.select(is_valid)
+
+
+def few_labels(clips, per_class, seed):
+    """per_class clips of every class, drawn by the seed."""
+    draws = random(seed, 'few_labels').random(len(clips))
+    chosen = []
+    for label in range(len(clips.classes)):
+        of_class = np.flatnonzero(clips.label == label)
+        if len(of_class) < per_class:
+            raise DataError(f'labels_per_class = {per_class}, but class {clips.classes[label]!r} has {len(of_class)} clips')
+        chosen.append(of_class[np.argsort(draws[of_class], kind='stable')[:per_class]])
+    return clips.select(np.sort(np.concatenate(chosen)))
+
+
+# ----------------------------------------------------------------------------------------------------------------- batches
+
+class Order:
+    """The endless order of training clips: a fresh permutation of all of them per epoch, by seed and epoch alone."""
+
+    def __init__(self, clips, seed):
+        self.clips, self.seed, self.epoch, self.permutation = clips, seed, None, None
+
+    def at(self, position):
+        """The clip at a position counted from the start of training."""
+        epoch, place = divmod(position, self.clips)
+        if epoch != self.epoch:
+            self.epoch, self.permutation = epoch, random(self.seed, 'order', epoch).permutation(self.clips)
+        return int(self.permutation[place])
+
+
+def stack(waves, samples):
+    """int16 arrays -> pcm (B, samples), zero behind each clip's end, and lengths (B,)."""
+    pcm = np.zeros((len(waves), samples), np.int16)
+    for row, wave in zip(pcm, waves):
+        row[:len(wave)] = wave
+    return {'pcm': torch.from_numpy(pcm), 'lengths': torch.tensor([len(wave) for wave in waves])}
+
+
+class PretrainBatches(torch.utils.data.Dataset):
+    """Item k: this process's clips of step k, random crops of clips that are longer than the input."""
+
+    def __init__(self, clips, frames, batch_size, places, seed):
+        self.clips, self.samples, self.batch_size, self.places, self.seed = clips, samples_for(frames), batch_size, places, seed
+        self.order = Order(len(clips), seed)
+
+    def __getitem__(self, step):
+        waves = []
+        for place in self.places:
+            i = self.order.at(step * self.batch_size + place)
+            spare = int(self.clips.length[i]) - self.samples
+            start = int(random(self.seed, 'crop', step, place).integers(spare + 1)) if spare > 0 else 0
+            waves.append(self.clips.read(i, start, self.samples))
+        return stack(waves, self.samples)
+
+
+def mirrored_places(batch_size, part, parts):
+    """Places of the global batch that part of parts takes: pairs p, batch_size - 1 - p, so that the mixup partner of
+    every place (the batch reversed) lies in the same part, and reversing the part finds it."""
+    if parts == 1:
+        return list(range(batch_size))
+    pairs = batch_size // 2 // parts
+    first = list(range(part * pairs, (part + 1) * pairs))
+    return first + [batch_size - 1 - place for place in reversed(first)]
+
+
+class FinetuneBatches(torch.utils.data.Dataset):
+    """Item k: this process's labelled clips of step k with every number that their augmentation draws."""
+
+    def __init__(self, clips, frames, batch_size, places, seed, n_layer, roll=False, noise=False, mask_ratio=0.0, mixup=0.0,
+                 mixup_probability=0.9):
+        self.__dict__.update({name: value for name, value in locals().items() if name != 'self'})
+        self.samples = samples_for(frames)
+        self.order = Order(len(clips), seed)
+
+    def __getitem__(self, step):
+        chosen = [self.order.at(step * self.batch_size + place) for place in range(self.batch_size)]
+        waves, draws = [], []
+        for place in self.places:
+            generator = random(self.seed, 'augment', step, place)
+            wave = self.clips.read(chosen[place], count=None if self.roll else self.samples)
+            if self.roll:                                                   # circular, over the whole clip, before the cut
+                wave = np.roll(wave, generator.integers(len(wave)))[:self.samples]
+            waves.append(wave)
+            draws.append(self.draw(generator))
+        labels = self.clips.targets(np.array(chosen))                       # (global batch, classes)
+        batch = stack(waves, self.samples)
+        batch.update({name: torch.as_tensor(np.array([draw[name] for draw in draws])) for name in draws[0]})
+        batch['labels'] = torch.from_numpy(labels[self.places])
+        batch['label_sum'] = torch.tensor(labels.sum())                     # mixing with the reversed batch keeps this sum
+        mix = random(self.seed, 'mixup', step)
+        mixes = self.mixup > 0 and mix.random() < self.mixup_probability
+        batch['mix'] = torch.tensor(mix.beta(self.mixup, self.mixup) if mixes else 1.0, dtype=torch.float32)
+        return batch
+
+    def draw(self, generator):
+        """The random numbers of one clip: gain, frequency and time mask, noise and shift, stochastic depth."""
+        def span(size):                                                     # a mask: width U[0, ratio * size), anywhere
+            width = generator.random() * self.mask_ratio * size
+            start = int(generator.random() * (size - width))
+            return start, start + int(width)
+        return {'gain': np.float32(generator.beta(10, 10) + 0.5 if self.roll else 1.0),
+                'bands': span(N_MELS), 'times': span(self.frames),
+                'noise': np.float32(generator.random() * 0.1 if self.noise else 0.0),
+                'noise_seed': generator.integers(2 ** 62), 'shift': generator.integers(-10, 10) if self.noise else 0,
+                'draws': generator.random((self.n_layer, 2), dtype=np.float32)}
+
+
+def augment(x, batch):
+    """Noise and shift, mixup with the reversed batch, one frequency and one time mask, in this order, on spectrograms.
+
+    x (B, frames, 128) normalised; batch: an item of FinetuneBatches on x's device -> x alike, labels (B, classes) mixed alike.
+    """
+    B, frames, bands = x.shape
+    if (batch['noise'] > 0).any():
+        noise = [torch.rand(frames, bands, generator=torch.Generator(x.device).manual_seed(int(s)), device=x.device)
+                 for s in batch['noise_seed']]
+        x = x + torch.stack(noise) * batch['noise'][:, None, None]
+        time = (torch.arange(frames, device=x.device) - batch['shift'][:, None]) % frames      # (B, frames)
+        x = x.gather(1, time[:, :, None].expand(-1, -1, bands))
+    x = batch['mix'] * x + (1 - batch['mix']) * x.flip(0)
+    labels = batch['mix'] * batch['labels'] + (1 - batch['mix']) * batch['labels'].flip(0)
+    for axis, (start, stop) in ((2, batch['bands'].T), (1, batch['times'].T)):
+        place = torch.arange(x.shape[axis], device=x.device)
+        hidden = (place >= start[:, None]) & (place < stop[:, None])        # (B, bands or frames)
+        x = x.masked_fill(hidden.unsqueeze(3 - axis), 0.0)
+    return x, labels
+
+
+class OrderedBatches(torch.utils.data.Dataset):
+    """Item k: the k-th batch of clips in their own order, first frames only; for evaluation."""
+
+    def __init__(self, clips, frames, batch_size):
+        self.clips, self.samples, self.batch_size = clips, samples_for(frames), batch_size
+
+    def __len__(self):
+        return -(-len(self.clips) // self.batch_size)
+
+    def __getitem__(self, k):
+        chosen = range(k * self.batch_size, min((k + 1) * self.batch_size, len(self.clips)))
+        return stack([self.clips.read(i, count=self.samples) for i in chosen], self.samples)
+
+
+def loader(batches, first, last, workers=0, pin=False):
+    """Iterate over items first..last-1 of a batch dataset, ahead of time in worker processes if there are any."""
+    return torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(first, last), num_workers=workers, pin_memory=pin,
+                                       prefetch_factor=4 if workers else None, worker_init_fn=quiet_worker if workers else None)
+
+
+def quiet_worker(worker):
+    """Ctrl-C is the main process's to handle; a worker must neither die of it nor use its siblings' cores."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)

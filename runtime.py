@@ -1,0 +1,336 @@
+"""What running needs and the method does not: processes, device and precision, signals, checkpoints, the log, errors.
+
+This file must not know the network, audio or any stage; a stage script hands it tensors and plain values.
+"""
+import contextlib
+import json
+import os
+import pickle
+import platform
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from configurator import ConfigError
+from data import DataError
+
+CHECKPOINT_VERSION = 1
+MODULE_DIR = os.path.dirname(os.path.abspath(__file__))
+
+
+class CheckpointError(Exception):
+    """A checkpoint that is missing, damaged or of another shape: one line that names the file and says what to do."""
+
+
+class RunError(Exception):
+    """A run that cannot go on through no mistake in the settings (a loss that stays NaN): one line; exit code 1."""
+
+
+def main(run):
+    """Call run(sys.argv[1:]); a user's mistake becomes one line on stderr and exit code 2, never a traceback."""
+    try:
+        run(sys.argv[1:])
+    except (ConfigError, DataError, CheckpointError, RunError) as error:
+        if os.environ.get('RANK', '0') == '0':
+            print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
+        sys.exit(1 if isinstance(error, RunError) else 2)
+    except KeyboardInterrupt:
+        print('interrupted', file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:                                                 # `... | head`
+        sys.stderr.close()
+        sys.exit(1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# -------------------------------------------------------------------------------------------------- processes and devices
+
+@dataclass
+class Process:
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def print(self, *text):
+        if self.is_main:
+            print(*text, flush=True)
+
+    def mean(self, tensor):
+        """The mean over all processes of a tensor that each has."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+            tensor /= self.world
+        return tensor
+
+    def gather(self, thing):
+        """[thing of rank 0, thing of rank 1, ...] on every process."""
+        if self.world == 1:
+            return [thing]
+        things = [None] * self.world
+        dist.all_gather_object(things, thing)
+        return things
+
+
+def start(device='auto', threads=0):
+    """Join the other processes (torchrun sets RANK, WORLD_SIZE, LOCAL_RANK) and choose the device: cuda, mps or cpu."""
+    if threads:
+        torch.set_num_threads(threads)
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
+    if device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() and world == 1 else 'cpu'
+    if device not in ('cpu', 'cuda', 'mps'):
+        raise ConfigError(f'device = {device!r} is none of auto, cpu, cuda, mps')
+    if device == 'cuda' and not torch.cuda.is_available() or device == 'mps' and not torch.backends.mps.is_available():
+        raise ConfigError(f'device = {device!r}, but PyTorch finds none here: write --device=cpu')
+    if device == 'cuda':
+        torch.cuda.set_device(local)
+        torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = 'tf32'
+    if world > 1:
+        dist.init_process_group('nccl' if device == 'cuda' else 'gloo')
+    return Process(rank, world, torch.device(device, local) if device == 'cuda' else torch.device(device))
+
+
+def autocast(process, dtype):
+    """Precision of the forward pass: 'auto' is bfloat16 on a GPU that has it, else float32. -> a context maker and its name"""
+    if dtype not in ('auto', 'float32', 'bfloat16'):
+        raise ConfigError(f'dtype = {dtype!r} is none of auto, float32, bfloat16')
+    if dtype == 'auto':
+        dtype = 'bfloat16' if process.device.type == 'cuda' and torch.cuda.is_bf16_supported() else 'float32'
+    if dtype == 'float32':
+        return contextlib.nullcontext, dtype
+    return lambda: torch.autocast(process.device.type, torch.bfloat16), dtype
+
+
+def can_compile(process):
+    """Whether torch.compile works here (it needs a compiler); says so in one line if it does not."""
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=process.device))
+        return True
+    except Exception as error:
+        process.print(f'warning: torch.compile does not work here ({str(error).splitlines()[0][:100]}); running without it')
+        return False
+
+
+def provenance(process):
+    """Where a run happens: versions, device, threads, commit."""
+    device = torch.cuda.get_device_name() if process.device.type == 'cuda' else platform.processor() or platform.machine()
+    return {'torch': torch.__version__, 'python': platform.python_version(), 'device': device, 'processes': process.world,
+            'threads': torch.get_num_threads(), 'commit': commit()}
+
+
+def commit():
+    """The git commit of this code, with '+' if files differ from it; '' outside a repository."""
+    try:
+        git = ['git', '-C', MODULE_DIR]
+        head = subprocess.run([*git, 'rev-parse', 'HEAD'], capture_output=True, text=True, timeout=10)
+        if head.returncode:
+            return ''
+        changed = subprocess.run([*git, 'status', '--porcelain', '-uno'], capture_output=True, text=True, timeout=10).stdout
+        return head.stdout.strip() + ('+' if changed.strip() else '')
+    except (OSError, subprocess.SubprocessError):
+        return ''
+
+
+class Stop:
+    """SIGTERM and SIGINT ask the loop to end after its step; a second SIGINT ends at once."""
+
+    def __init__(self, process):
+        self.process, self.requested, self.pending = process, False, None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.handle)
+
+    def handle(self, number, frame):
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def agreed(self):
+        """Whether to stop now: the same answer at the same step on every process, which costs one step's delay."""
+        if self.process.world == 1:
+            return self.requested
+        answer, self.pending = self.pending, torch.tensor(float(self.requested), device=self.process.device)
+        dist.all_reduce(self.pending, op=dist.ReduceOp.MAX)
+        return answer is not None and bool(answer)
+
+
+# ------------------------------------------------------------------------------------------------------------- checkpoints
+
+def check_out_dir(out_dir, resume, overwrite):
+    """Refuse a folder that holds a run unless it is to go on or to go. -> True if there is a run to resume."""
+    holds_run = any(os.path.exists(os.path.join(out_dir, name)) for name in ('ckpt.pt', 'ckpt.1.pt', 'log.jsonl'))
+    if resume and overwrite:
+        raise ConfigError('--resume and --overwrite contradict each other: give one')
+    if resume and not holds_run:
+        raise ConfigError(f'nothing to resume in {out_dir}: run without --resume')
+    if holds_run and not resume and not overwrite:
+        raise ConfigError(f'{out_dir} holds a run: add --resume to go on, --overwrite to start again, or choose another --out_dir')
+    return resume
+
+
+def save_checkpoint(path, state, keep=2):
+    """Write to a temporary name, fsync, rename; of earlier ones the newest keep - 1 stay as NAME.1.pt, NAME.2.pt, ..."""
+    def rotate():
+        for older in range(keep - 1, 0, -1):                                # ckpt.pt -> ckpt.1.pt -> ckpt.2.pt ...
+            newer = numbered(path, older - 1)
+            if os.path.exists(newer):
+                os.replace(newer, numbered(path, older))
+    try:
+        with replacing(path, 'wb', before_rename=rotate) as f:
+            torch.save({'version': CHECKPOINT_VERSION, 'commit': commit(), **state}, f)
+    except (OSError, RuntimeError) as error:                                # torch.save reports a full disk as RuntimeError
+        raise RunError(f'could not write the checkpoint {path} ({error}); the one before it is intact') from None
+
+
+@contextlib.contextmanager
+def replacing(path, mode='w', before_rename=lambda: None):
+    """A file that appears under its name only when it is whole: temporary name, fsync, rename; nothing stays on failure."""
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    temporary = path + '.tmp'
+    try:
+        with open(temporary, mode, **({} if 'b' in mode else {'encoding': 'utf-8', 'errors': 'surrogateescape'})) as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        before_rename()
+        os.replace(temporary, path)
+        fsync_folder(os.path.dirname(path) or '.')
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
+
+
+def numbered(path, number):
+    return path if number == 0 else f'{os.path.splitext(path)[0]}.{number}.pt'
+
+
+def fsync_folder(folder):
+    """Make renames in it durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def load_checkpoint(path, wanted=('model', 'config', 'settings')):
+    """One of our checkpoints, tensors and plain values only. Raises CheckpointError."""
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f'there is no checkpoint {path}') from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, pickle.UnpicklingError, zipfile.BadZipFile,
+            AttributeError, IndexError, AssertionError, OverflowError, UnicodeError) as error:
+        raise CheckpointError(f'{path} is not a checkpoint that can be read safely ({str(error).splitlines()[0][:120] if str(error) else type(error).__name__})') from None
+    missing = [key for key in wanted if not isinstance(state, dict) or key not in state]
+    if missing:
+        raise CheckpointError(f'{path} is not a checkpoint of this code: it has no {", ".join(missing)}')
+    if state.get('version') != CHECKPOINT_VERSION:
+        raise CheckpointError(f'{path} is a checkpoint of version {state.get("version")}, this code reads {CHECKPOINT_VERSION}')
+    return state
+
+
+def latest_checkpoint(out_dir, process):
+    """The newest checkpoint of a run that can be read: ckpt.pt, or the one before it with a warning."""
+    problems = []
+    for path in (os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'ckpt.1.pt')):
+        try:
+            state = load_checkpoint(path)
+            if problems:
+                process.print(f'warning: {problems[0]}; going on from {path}')
+            return state
+        except CheckpointError as error:
+            problems.append(str(error))
+    raise CheckpointError(f'no checkpoint to resume in {out_dir}: {problems[0]}')
+
+
+def load_weights(module, state, path):
+    """Copy a state dict into a module; names, shapes and types must all agree. Raises CheckpointError."""
+    own = module.state_dict()
+    for name in own:
+        if name not in state:
+            raise CheckpointError(f'{path}: the weight {name} is missing')
+        if not isinstance(state[name], torch.Tensor) or state[name].shape != own[name].shape or not state[name].is_floating_point():
+            found = tuple(state[name].shape) if isinstance(state[name], torch.Tensor) else type(state[name]).__name__
+            raise CheckpointError(f'{path}: the weight {name} is {found}, the model needs {tuple(own[name].shape)}')
+    extra = [name for name in state if name not in own]
+    if extra:
+        raise CheckpointError(f'{path}: unexpected weight {extra[0]}' + (f' and {len(extra) - 1} more' if len(extra) > 1 else ''))
+    module.load_state_dict(state)
+
+
+def changed_settings(old, new, ignored):
+    """'name old -> new' for every setting of a run that differs now, but for those that do not change its numbers."""
+    return [f'{name} {old.get(name)!r} -> {value!r}' for name, value in new.items()
+            if name not in ignored and name in old and old[name] != value]
+
+
+# --------------------------------------------------------------------------------------------------------------------- log
+
+class Log:
+    """out_dir/log.jsonl, one JSON object a line, written by the main process and flushed at each."""
+
+    def __init__(self, out_dir, process, resume_at=None):
+        """resume_at: the step of the checkpoint that goes on; lines of later steps are dropped."""
+        self.file = None
+        if not process.is_main:
+            return
+        os.makedirs(out_dir, exist_ok=True)
+        path = os.path.join(out_dir, 'log.jsonl')
+        if resume_at is not None and os.path.exists(path):
+            kept = [line for line in whole_lines(path) if json.loads(line).get('step', 0) <= resume_at]
+            with replacing(path) as f:
+                f.writelines(kept)
+        self.file = open(path, 'w' if resume_at is None else 'a', encoding='utf-8')
+
+    def write(self, **values):
+        if self.file:
+            self.file.write(json.dumps(values) + '\n')
+            self.file.flush()
+
+
+def whole_lines(path):
+    """The lines of a log that are valid JSON objects; a crash can leave the last one torn."""
+    with open(path, encoding='utf-8', errors='replace') as f:
+        for line in f:
+            try:
+                if line.endswith('\n') and isinstance(json.loads(line), dict):
+                    yield line
+            except ValueError:
+                pass
+
+
+class Clock:
+    """Speed and time left, over the steps since it was made."""
+
+    def __init__(self, step, last_step):
+        self.first, self.last, self.began = step, last_step, time.time()
+
+    def left(self, step):
+        """'3m 20s' until last_step, from the mean time of a step so far."""
+        done = step - self.first
+        return duration((time.time() - self.began) / max(done, 1) * (self.last - step))
+
+    def per_second(self, step, items_per_step):
+        return (step - self.first) * items_per_step / max(time.time() - self.began, 1e-9)
+
+
+def duration(seconds):
+    """'2d 3h', '3h 12m', '5m 20s' or '45s'"""
+    seconds = int(seconds)
+    for unit, size, smaller, small in (('d', 86400, 'h', 3600), ('h', 3600, 'm', 60), ('m', 60, 's', 1)):
+        if seconds >= size:
+            return f'{seconds // size}{unit} {seconds % size // small}{smaller}'
+    return f'{seconds}s'
