@@ -1,0 +1,270 @@
+"""The authors' ASDA checkpoints, EAT's and SSLAM's, without fairseq and without running anything in the file.
+
+    model = authors.load_pretrained('asda_pretrained.pt', utterance_scale=192)
+    classifier = authors.load_classifier('asda_as2m.pt')
+
+A fairseq checkpoint is a zip archive with a pickle that may name classes of packages that are not installed here, or code that
+would run. It is read by an unpickler that knows tensors and plain containers; everything else becomes an inert placeholder.
+The architecture follows from the shapes of the weights; only the number of heads and the input length come from the file's cfg.
+"""
+import collections
+import dataclasses
+import io
+import math
+import pickle
+import zipfile
+
+import torch
+
+from model import ASDA, ASDAConfig, Classifier, position_table
+from runtime import CheckpointError, load_weights
+
+# Our names, theirs. N is the number of the block.
+ENCODER_NAMES = {
+    'cls': 'modality_encoders.IMAGE.extra_tokens',
+    'patch_embed.{p}': 'modality_encoders.IMAGE.local_encoder.proj.{p}',
+    'norm.{p}': 'modality_encoders.IMAGE.context_encoder.norm.{p}',
+    'blocks.{N}.norm1.{p}': 'blocks.{N}.norm1.{p}',
+    'blocks.{N}.norm2.{p}': 'blocks.{N}.norm2.{p}',
+    'blocks.{N}.attn.qk.{p}': 'blocks.{N}.attn.qk.{p}',                     # rows Q1, Q2, K1, K2, as ours
+    'blocks.{N}.attn.v.{p}': 'blocks.{N}.attn.v.{p}',
+    'blocks.{N}.attn.proj.{p}': 'blocks.{N}.attn.proj.{p}',
+    'blocks.{N}.attn.norm.{p}': 'blocks.{N}.attn.norm.{p}',
+    'blocks.{N}.mlp.0.{p}': 'blocks.{N}.mlp.fc1.{p}',
+    'blocks.{N}.mlp.2.{p}': 'blocks.{N}.mlp.fc2.{p}',
+}
+DECODER_NAMES = {
+    'convs.{N}.{p}': 'modality_encoders.IMAGE.decoder.blocks.{N}.0.{p}',
+    'proj.{p}': 'modality_encoders.IMAGE.decoder.proj.{p}',
+}
+HEAD_NAMES = {'head_norm.{p}': 'fc_norm.{p}', 'head.{p}': 'head.{p}'}
+POSITIONS = 'modality_encoders.IMAGE.fixed_positional_encoder.positions'
+
+# Literals of the authors' code that no file records; the analysis window and AudioSet's statistics go with them.
+AUTHORS = dict(diff_lambda=0.1, head_norm='all', attn_scale=0.95, pos_embed='2d')
+EAT = dict(diff_lambda=0.0, head_norm='none', attn_scale=1.0, pos_embed='2d')
+INPUT = {'window': 'hanning', 'mean': -4.268, 'std': 4.569}
+INPUT_BY_CLASSES = {50: {'window': 'hanning', 'mean': -6.627, 'std': 5.359}, 35: {'window': 'hanning', 'mean': -6.846, 'std': 5.565}}
+MAX_ELEMENTS = 1 << 31              # of all tensors together, 8 GiB in float32: no model of this family comes near
+
+
+# ----------------------------------------------------------------------------------------------------------------- reading
+
+STORAGES = {'FloatStorage': torch.float32, 'HalfStorage': torch.float16, 'BFloat16Storage': torch.bfloat16, 'DoubleStorage': torch.float64,
+            'LongStorage': torch.int64, 'IntStorage': torch.int32, 'ShortStorage': torch.int16, 'CharStorage': torch.int8,
+            'ByteStorage': torch.uint8, 'BoolStorage': torch.bool}
+PLAIN = {'dict': dict, 'list': list, 'set': set, 'tuple': tuple, 'int': int, 'float': float, 'str': str, 'bool': bool}
+
+
+def read_fairseq(path):
+    """The dictionary of a fairseq checkpoint: tensors and plain values, placeholders for all else. Raises CheckpointError."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            pickled = [name for name in archive.namelist() if name.endswith('/data.pkl')]
+            if len(pickled) != 1:
+                raise CheckpointError(f'{path} is not a checkpoint: a zip archive without data.pkl')
+            return CheckpointUnpickler(archive, pickled[0]).load()
+    except FileNotFoundError:
+        raise CheckpointError(f'there is no checkpoint {path}') from None
+    except CheckpointError:
+        raise
+    except zipfile.BadZipFile:
+        raise CheckpointError(f'{path} is not a checkpoint, or one of PyTorch before 1.6: load and save it again with a newer one') from None
+    except Exception as error:              # a hostile pickle can fail in any way at all; whatever it is, the file is not readable
+        raise CheckpointError(f'{path} cannot be read as a checkpoint ({type(error).__name__}: {str(error)[:100]})') from None
+
+
+class CheckpointUnpickler(pickle.Unpickler):
+    """Allow-list: tensors over the archive's storages and plain containers. Nothing that a file names is imported."""
+
+    def __init__(self, archive, pickled):
+        if archive.getinfo(pickled).file_size > 1 << 28:
+            raise ValueError('its pickle is larger than 256 MiB')
+        super().__init__(io.BytesIO(archive.read(pickled)))
+        self.archive, self.root, self.storages, self.elements = archive, pickled[:-len('data.pkl')], {}, 0
+
+    def find_class(self, module, name):
+        """Everything is made anew for each call, so that a file cannot alter what later files get."""
+        if module == 'torch._utils' and name in ('_rebuild_tensor_v2', '_rebuild_tensor'):
+            return lambda storage, offset, size, stride, *_: self.rebuild_tensor(storage, offset, size, stride)
+        if module == 'torch._utils' and name == '_rebuild_parameter':
+            return lambda tensor, *_: tensor
+        if module == 'torch' and name in STORAGES:
+            return StorageType(STORAGES[name])
+        if module == 'collections' and name == 'OrderedDict':
+            return collections.OrderedDict
+        if module in ('builtins', '__builtin__') and name in PLAIN:
+            return PLAIN[name]
+        return make_placeholder(f'{module}.{name}')
+
+    def persistent_load(self, reference):
+        """('storage', type, key, location, number of elements) -> a flat tensor over the member data/key."""
+        kind, storage_type, key = reference[:3]
+        if kind != 'storage' or not isinstance(storage_type, StorageType) or not str(key).isdigit():
+            raise ValueError('a reference to something that is no storage')
+        if key not in self.storages:
+            info = self.archive.getinfo(f'{self.root}data/{key}')
+            if info.compress_type != zipfile.ZIP_STORED:                    # PyTorch never compresses: no zip bombs
+                raise ValueError('its tensors are compressed')
+            self.elements += info.file_size
+            if self.elements > 4 * MAX_ELEMENTS:
+                raise ValueError('its tensors are larger than 8 GiB')
+            content = bytearray(self.archive.read(info))
+            self.storages[key] = torch.frombuffer(content, dtype=storage_type.dtype) if content else torch.empty(0, dtype=storage_type.dtype)
+        return self.storages[key]
+
+    def rebuild_tensor(self, storage, offset, size, stride):
+        if not isinstance(storage, torch.Tensor) or math.prod(size) > len(storage):
+            raise ValueError('a tensor larger than its storage')
+        return torch.as_strided(storage, size, stride, offset).clone()
+
+
+@dataclasses.dataclass
+class StorageType:
+    dtype: torch.dtype
+
+
+def make_placeholder(name):
+    """A class that takes any arguments and any state and does nothing with them but keep the state."""
+    class Placeholder:
+        def __init__(self, *args, **kwargs):
+            self.state = args[0] if len(args) == 1 else None
+
+        def __call__(self, *args, **kwargs):
+            return Placeholder(*args)
+
+        def __setstate__(self, state):
+            self.state = state
+
+        def __setitem__(self, key, value):
+            pass
+
+        def append(self, value):
+            pass
+
+        extend = add = append
+
+        def __repr__(self):
+            return f'<{name}, not loaded>'
+    return Placeholder
+
+
+def dig(thing, *path):
+    """thing[path[0]][path[1]]..., through dictionaries and the states of placeholders; None where it ends."""
+    for key in path:
+        state = getattr(thing, 'state', thing)
+        state = state.get('_content', state) if isinstance(state, dict) else state      # omegaconf keeps its values there
+        thing = state.get(key) if isinstance(state, dict) else None
+    value = getattr(thing, 'state', thing)
+    return value.get('_val', value) if isinstance(value, dict) else value
+
+
+# --------------------------------------------------------------------------------------------------------------- converting
+
+def load_pretrained(path, **overrides):
+    """The authors' pre-training checkpoint (or EAT's, SSLAM's) as our ASDA, teacher and decoder included.
+
+    overrides: fields of ASDAConfig that no file records, above all utterance_scale. Raises CheckpointError.
+    """
+    weights, cfg = model_and_cfg(path)
+    if not any(name.startswith('modality_encoders.IMAGE.decoder.') for name in weights):
+        raise CheckpointError(f'{path} has no decoder: it is not a pre-training checkpoint')
+    teacher = weights.pop('_ema', None)
+    if not isinstance(teacher, dict):
+        raise CheckpointError(f'{path} has no teacher (_ema): it is not a pre-training checkpoint')
+    config = config_from(weights, cfg, path, overrides)
+    state = {}
+    for part, names, source in (('encoder', ENCODER_NAMES, weights), ('decoder', DECODER_NAMES, weights), ('teacher', ENCODER_NAMES, teacher)):
+        state.update({f'{part}.{name}': tensor for name, tensor in renamed(source, names, config, path).items()})
+    model = ASDA(config)
+    load_weights(model, state, path)
+    return model
+
+
+def load_classifier(path, **overrides):
+    """The authors' fine-tuned checkpoint (or EAT's, SSLAM's) as our Classifier. Raises CheckpointError."""
+    weights, cfg = model_and_cfg(path)
+    head = {name: weights.pop(name) for name in ('fc_norm.weight', 'fc_norm.bias', 'head.weight', 'head.bias') if name in weights}
+    if len(head) != 4 or not isinstance(head['head.weight'], torch.Tensor) or head['head.weight'].ndim != 2:
+        raise CheckpointError(f'{path} has no classification head (head.*, fc_norm.*): it is not a fine-tuned checkpoint')
+    weights = {name.removeprefix('model.'): tensor for name, tensor in weights.items() if name.startswith('model.')}
+    weights.pop('_ema', None)
+    config = config_from(weights, cfg, path, overrides)
+    encoder = renamed(weights, ENCODER_NAMES, config, path)
+    state = {f'encoder.{name}': tensor for name, tensor in encoder.items()}
+    state.update(renamed(head, HEAD_NAMES, config, path))
+    model = Classifier(config, len(head['head.weight']))
+    load_weights(model, state, path)
+    return model
+
+
+def is_classifier(path):
+    """Whether a fairseq file is a fine-tuned one."""
+    return 'head.weight' in model_and_cfg(path)[0]
+
+
+def model_and_cfg(path):
+    """(weights by name, the cfg of the pre-trained architecture or None)"""
+    stored = read_fairseq(path)
+    if not isinstance(stored, dict) or not isinstance(stored.get('model'), dict):
+        raise CheckpointError(f'{path} is not a fairseq checkpoint: it has no model')
+    cfg = stored.get('cfg') or stored.get('args')
+    inner = dig(cfg, 'model', 'pretrained_model_args')
+    return dict(stored['model']), inner or cfg
+
+
+def config_from(weights, cfg, path, overrides):
+    """ASDAConfig from the shapes of the weights, heads and input length from cfg, the rest from the authors' literals."""
+    try:
+        blocks = 1 + max(int(name.split('.')[1]) for name in weights if name.startswith('blocks.'))
+        D = weights['modality_encoders.IMAGE.extra_tokens'].shape[-1]
+        hidden = len(weights['blocks.0.mlp.fc1.weight'])
+        patch = weights['modality_encoders.IMAGE.local_encoder.proj.weight'].shape[-1]
+        convs = [tensor for name, tensor in weights.items() if name.startswith('modality_encoders.IMAGE.decoder.blocks.') and name.endswith('.weight')]
+        single = 'blocks.0.attn.qkv.weight' in weights
+        groups = D // convs[0].shape[1] if convs else 16
+    except (KeyError, ValueError, AttributeError, IndexError, ZeroDivisionError):
+        raise CheckpointError(f'{path} is not a checkpoint of ASDA, EAT or SSLAM: their weights are not in it') from None
+    frames = dig(cfg, 'task', 'target_length') or dig(cfg, 'model', 'modalities', 'image', 'target_length')
+    heads = dig(cfg, 'model', 'num_heads')
+    fields = dict(n_layer=blocks, n_embd=D, ffn_ratio=hidden / D, patch_size=patch, decoder_layers=len(convs), decoder_groups=groups,
+                  n_head=heads if type(heads) is int and heads > 0 else 12, frames=frames if type(frames) is int and frames > 0 else 1024,
+                  **(EAT if single else AUTHORS))
+    try:
+        config = ASDAConfig(**{**fields, **overrides})
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f'{path}: {error}') from None
+    stored = weights.get(POSITIONS)
+    if isinstance(stored, torch.Tensor) and stored.ndim == 3:
+        ours = position_table(config)
+        rows = min(stored.shape[1], len(ours))
+        if stored.shape[2] != D or not torch.allclose(stored[0, :rows].float(), ours[:rows], atol=1e-3):
+            raise CheckpointError(f'{path}: its positions are not the fixed {config.pos_embed} sine-cosine ones of this code')
+    return config
+
+
+def renamed(weights, names, config, path):
+    """{our name: tensor} by the table; every weight of theirs must be in it, every float becomes float32."""
+    weights = split_qkv(weights)
+    table = {}
+    for ours, theirs in names.items():
+        for N in range(max(config.n_layer, config.decoder_layers)) if '{N}' in ours else [0]:
+            for p in ('weight', 'bias') if '{p}' in ours else ['']:
+                table[theirs.format(N=N, p=p)] = ours.format(N=N, p=p)
+    ignored = tuple('modality_encoders.IMAGE.decoder.' if names is ENCODER_NAMES else prefix for prefix in ('modality_encoders.', 'blocks.'))
+    unknown = [name for name in weights if name not in table and name not in (POSITIONS, '_ema') and not name.startswith(ignored)]
+    if unknown:
+        raise CheckpointError(f'{path}: unexpected weight {unknown[0]}')
+    return {table[name]: tensor.float() if isinstance(tensor, torch.Tensor) else tensor for name, tensor in weights.items() if name in table}
+
+
+def split_qkv(weights):
+    """EAT's blocks.N.attn.qkv (3D, D) as qk (2D, D) and v (D, D)."""
+    split = {}
+    for name, tensor in weights.items():
+        if '.attn.qkv.' in name and isinstance(tensor, torch.Tensor):
+            third = len(tensor) // 3
+            split[name.replace('qkv', 'qk')], split[name.replace('qkv', 'v')] = tensor[:2 * third], tensor[2 * third:]
+        else:
+            split[name] = tensor
+    return split

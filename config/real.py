@@ -1,0 +1,19 @@
+"""Speech and environmental sounds, unlabelled: wakewords, spoken digits and ESC-10 together."""
+out_dir = 'out/real'
+dataset = 'wakewords,fsdd,esc10'
+leave_out = 'fsdd/theo,esc10/5'
+eval_dataset = 'wakewords'
+frames = 128
+pos_embed = '2d'
+n_layer, n_head, n_embd = 4, 6, 192
+decoder_layers = 3
+n_students = 8
+mask_block = 3
+batch_size = 24
+max_steps = 7000
+warmup_steps = 500
+lr = 7e-4
+ema_start, ema_end, ema_steps = 0.995, 0.9995, max_steps
+eval_interval = 500
+save_interval = 250
+workers = 0

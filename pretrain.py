@@ -1,0 +1,307 @@
+"""Stage 1: pre-train ASDA, 16 masked students per clip against one EMA teacher that sees everything.
+
+    python pretrain.py config/demo.py
+    torchrun --nproc_per_node=4 pretrain.py config/as2m.py
+
+Settings are the names below and the fields of model.ASDAConfig; override them in a config file or with --key=value. Every number
+of a run is a function of its settings and data: a resumed run, or one on another number of processes, computes the same.
+"""
+import dataclasses
+import math
+import os
+import time
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import configurator
+import data
+from eval import effective_rank, features, knn_accuracy
+import prepare
+import runtime
+from model import ASDA, ASDAConfig, count_parameters
+
+out_dir = 'out/pretrain'        # checkpoints and log.jsonl go here
+resume = False                  # go on with the run in out_dir
+overwrite = False               # start again, over the run in out_dir
+dataset = 'demo'                # prepared sets, separated by commas
+data_dir = 'data'               # where they are
+splits = 'train'                # their splits to train on
+leave_out = ''                  # SET/FOLD parts of them to leave out, separated by commas
+norm_mean = None                # log-mel mean; None: of the chosen clips
+norm_std = None                 # log-mel standard deviation; None: of the chosen clips
+window = 'hamming'              # analysis window: hamming (paper) or hanning (authors' code)
+seed = 1                        # decides on everything random
+max_steps = 400000              # updates
+batch_size = 48                 # clips of one update, over all processes and accumulated parts
+accumulate = 1                  # parts that each process cuts its clips into, one forward and backward each
+lr = 5e-4                       # peak learning rate
+warmup_steps = 20000            # updates of linear warm-up from 0; then cosine to 0
+beta1 = 0.9                     # AdamW
+beta2 = 0.95                    # AdamW
+weight_decay = 0.05             # AdamW, decoupled
+decay_vectors = False           # decay biases, norms and CLS too (authors' code, in effect)
+grad_clip = 4.0                 # largest gradient norm; 0: no clipping
+ema_start = 0.9998              # decay of the teacher at the first update ...
+ema_end = 0.99999               # ... and after ema_steps, linear between
+ema_steps = 100000              # updates
+max_bad_steps = 10              # updates in a row with a loss or gradient that is not finite, before the run stops
+eval_dataset = ''               # a prepared labelled set for the kNN accuracy; '': none
+eval_interval = 1000            # updates between two such evaluations; 0: at the end only
+eval_clips = 2000               # clips of that set to use at most
+log_interval = 10               # updates between two lines of the log
+save_interval = 1000            # updates between two checkpoints
+keep = 2                        # checkpoints to keep
+device = 'auto'                 # cuda, mps or cpu; auto: the best there is
+dtype = 'auto'                  # float32 or bfloat16 (autocast); auto: bfloat16 on a GPU that has it
+compile = False                 # torch.compile
+workers = 2                     # processes that read clips ahead; 0: none
+threads = 0                     # CPU threads of one process; 0: PyTorch's choice
+
+# Settings that may differ when a run goes on, since they do not change its numbers.
+FREE_SETTINGS = ('out_dir', 'resume', 'overwrite', 'data_dir', 'eval_interval', 'eval_clips', 'log_interval', 'save_interval', 'keep',
+                 'device', 'workers', 'threads', 'accumulate', 'eval_dataset')
+
+
+def model_config(settings):
+    """The model's part of the settings, checked against the masks that pre-training draws."""
+    try:
+        config = ASDAConfig(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(ASDAConfig)})
+    except ValueError as error:
+        raise configurator.ConfigError(str(error)) from None
+    rows, columns = config.grid
+    patches = rows * columns
+    if config.mask_block > min(rows, columns):
+        raise configurator.ConfigError(f'mask_block = {config.mask_block} does not fit the {rows} x {columns} grid of patches of {config.frames} frames')
+    blocks = int(patches * (1 - config.mask_ratio + config.mask_adjust) / config.mask_block ** 2)
+    kept = int(patches * (1 - config.mask_ratio))
+    if not blocks or not kept:
+        raise configurator.ConfigError(f'{patches} patches keep {kept} at mask_ratio = {config.mask_ratio}: no block of {config.mask_block} x '
+                                       f'{config.mask_block} fits; set a smaller mask_block or longer frames')
+    return config
+
+
+def check(settings, world):
+    if settings.batch_size % (world * settings.accumulate):
+        raise configurator.ConfigError(f'batch_size = {settings.batch_size} is not divisible by {world} processes x accumulate = {settings.accumulate}')
+    for name in ('batch_size', 'accumulate', 'max_steps', 'log_interval', 'save_interval', 'keep'):
+        if getattr(settings, name) < 1:
+            raise configurator.ConfigError(f'{name} = {getattr(settings, name)} must be at least 1')
+    if settings.window not in data.WINDOWS:
+        raise configurator.ConfigError(f'window = {settings.window!r} is none of {", ".join(data.WINDOWS)}')
+    if settings.seed < 0:
+        raise configurator.ConfigError(f'seed = {settings.seed} must not be negative')
+    if not settings.warmup_steps < settings.max_steps:
+        raise configurator.ConfigError(f'warmup_steps = {settings.warmup_steps} must be less than max_steps = {settings.max_steps}')
+
+
+def lr_at(step, settings):
+    """Linear warm-up from 0, then half a cosine to 0."""
+    if step < settings.warmup_steps:
+        return settings.lr * step / settings.warmup_steps
+    progress = (step - settings.warmup_steps) / (settings.max_steps - settings.warmup_steps)
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def ema_decay_at(step, settings):
+    """Linear from ema_start to ema_end over ema_steps."""
+    return settings.ema_start + (settings.ema_end - settings.ema_start) * min(step / settings.ema_steps, 1)
+
+
+def make_optimizer(model, settings, process):
+    """AdamW with weight decay on matrices, and on vectors (biases, norms, CLS) as decay_vectors says."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    vectors = [p for p in parameters.values() if p.squeeze().ndim <= 1]
+    matrices = [p for p in parameters.values() if p.squeeze().ndim > 1]
+    assert sum(p.numel() for p in vectors + matrices) == count_parameters(model)
+    process.print(f'AdamW: {len(matrices)} matrices ({sum(p.numel() for p in matrices):,} parameters) decay, {len(vectors)} vectors '
+                  f'({sum(p.numel() for p in vectors):,}) {"decay too" if settings.decay_vectors else "do not"}')
+    groups = [{'params': matrices, 'weight_decay': settings.weight_decay},
+              {'params': vectors, 'weight_decay': settings.weight_decay if settings.decay_vectors else 0.0}]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(settings.beta1, settings.beta2), eps=1e-8, fused=process.device.type == 'cuda')
+
+
+def training_clips(settings, process):
+    """The clips to train on; the demo's are made if they are missing."""
+    names = data.words(settings.dataset)
+    if names == ['demo'] and not os.path.exists(os.path.join(settings.data_dir, 'demo', 'meta.json')):
+        if process.is_main:
+            prepare.run(['demo', f'--out_dir={os.path.join(settings.data_dir, "demo")}', '--workers=0'])
+        process.gather(None)                                                # the others wait
+    return data.open_clips(names, settings.data_dir, data.words(settings.splits), data.words(settings.leave_out))
+
+
+def forward_backward(network, spec, mask, noise, settings, autocast):
+    """Forward and backward over this process's clips in `accumulate` parts -> mean measures, {name: scalar tensor}.
+
+    Both losses are means over equally many places of each part, so that the mean over parts is that of the whole.
+    """
+    parts = settings.accumulate
+    totals = {}
+    for i, (part_spec, part_mask, part_noise) in enumerate(zip(spec.chunk(parts), mask.chunk(parts), noise.chunk(parts))):
+        if isinstance(network, DistributedDataParallel):
+            network.require_backward_grad_sync = i == parts - 1             # the processes average their gradients once
+        with autocast():
+            loss, measures = network(part_spec, part_mask, part_noise)
+        (loss / parts).backward()
+        for name, value in {'loss': loss.detach(), **measures}.items():
+            totals[name] = totals.get(name, 0) + value / parts
+    return totals
+
+
+def mask_noise(settings, config, step, places, device):
+    """(clips * n_students, P, D) N(0, mask_noise^2), what the decoder gets at masked places; drawn clip by clip for its place."""
+    shape = (config.n_students, math.prod(config.grid), config.n_embd)
+    return torch.cat([torch.randn(shape, generator=data.torch_random(device, settings.seed, 'noise', step, place), device=device)
+                      for place in places]) * config.mask_noise
+
+
+def train(settings):
+    """Run pre-training as the settings say, to the end or to a signal. -> the process, to which all is known"""
+    process = runtime.start(settings.device, settings.threads)
+    check(settings, process.world)
+    config = model_config(settings)
+    resuming = runtime.check_out_dir(settings.out_dir, settings.resume, settings.overwrite)
+    clips = training_clips(settings, process)
+    mean, std = clips.statistics(settings.window)
+    mean = mean if settings.norm_mean is None else settings.norm_mean
+    std = std if settings.norm_std is None else settings.norm_std
+    input_info = {'window': settings.window, 'mean': mean, 'std': std, 'fingerprint': clips.fingerprint()}
+    autocast, dtype_name = runtime.autocast(process, settings.dtype)
+    process.print(configurator.show(settings))
+    process.print(f'{len(clips):,} clips, {clips.length.sum() / data.SAMPLE_RATE / 3600:.2f} hours, log-mel mean {mean:.3f}, std {std:.3f}; '
+                  f'{dtype_name}; {runtime.provenance(process)}')
+
+    torch.manual_seed(settings.seed)
+    model = ASDA(config).to(process.device)
+    process.print(f'{count_parameters(model):,} trainable parameters; {config.grid[0]} x {config.grid[1]} patches, '
+                  f'{int(math.prod(config.grid) * (1 - config.mask_ratio))} of them kept by each of {config.n_students} students')
+    optimizer = make_optimizer(model, settings, process)
+    first = 0
+    if resuming:
+        first = resume_run(model, optimizer, settings, config, input_info, process)
+    network = model
+    if process.world > 1:
+        network = DistributedDataParallel(model, device_ids=[process.device] if process.device.type == 'cuda' else None,
+                                          gradient_as_bucket_view=True, broadcast_buffers=False)
+    if settings.compile and runtime.can_compile(process):
+        network.compile()
+
+    per_process = settings.batch_size // process.world
+    places = range(process.rank * per_process, (process.rank + 1) * per_process)
+    batches = data.PretrainBatches(clips, config.frames, settings.batch_size, places, settings.seed)
+    loader = data.loader(batches, first, settings.max_steps, settings.workers, pin=process.device.type == 'cuda')
+    log = runtime.Log(settings.out_dir, process, first if resuming else None)
+    log.write(start=first, settings=vars(settings), **runtime.provenance(process), time=time.time())
+    stop, clock = runtime.Stop(process), runtime.Clock(first, settings.max_steps)
+    bad_steps, measures, done = 0, {}, first
+
+    def save():
+        if process.is_main:
+            runtime.save_checkpoint(os.path.join(settings.out_dir, 'ckpt.pt'), {
+                'model': model.state_dict(), 'config': dataclasses.asdict(config), 'optimizer': optimizer.state_dict(), 'step': done,
+                'settings': vars(settings), 'metrics': {name: float(value) for name, value in measures.items()}, 'input': input_info}, settings.keep)
+
+    for step, batch in zip(range(first, settings.max_steps), loader):
+        for group in optimizer.param_groups:
+            group['lr'] = lr_at(step, settings)
+        pcm, lengths = (batch[name].to(process.device, non_blocking=True) for name in ('pcm', 'lengths'))
+        spec = data.log_mel(pcm, lengths, config.frames, settings.window, mean, std)         # (clips, frames, 128)
+        mask = data.block_masks(settings.batch_size, config.n_students, config.grid, config.mask_ratio, config.mask_block,
+                                data.torch_random(process.device, settings.seed, 'mask', step), config.mask_adjust)[places.start:places.stop]
+        noise = mask_noise(settings, config, step, places, process.device)
+
+        measures = forward_backward(network, spec, mask, noise, settings, autocast)
+        measures['grad_norm'] = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
+        finite = bool(torch.isfinite(measures['grad_norm']))                # the same on every process: gradients are averaged
+        if finite:
+            optimizer.step()
+            model.update_teacher(ema_decay_at(step, settings))
+        optimizer.zero_grad(set_to_none=True)
+        bad_steps = 0 if finite else bad_steps + 1
+        done = step + 1
+        if not finite:
+            process.print(f'warning: step {done} has a gradient that is not finite; skipped ({bad_steps} in a row)')
+            if bad_steps >= settings.max_bad_steps:
+                shown = [batches.order.at(step * settings.batch_size + place) for place in list(places)[:8]]
+                raise runtime.RunError(f'{bad_steps} steps in a row were not finite; the last saw {", ".join(clips.select(shown).keys())}, ...; '
+                                       f'lower lr, or look at these clips; {settings.out_dir} holds the last checkpoint')
+
+        if done % settings.log_interval == 0 or done == settings.max_steps:
+            report(done, measures, step, settings, process, log, clock)
+        last = done == settings.max_steps
+        if settings.eval_dataset and (last or settings.eval_interval and done % settings.eval_interval == 0) and process.is_main:
+            scores = monitor(model, settings, config, process, autocast)
+            measures.update(scores)
+            process.print(f'step {done:,}: kNN accuracy on {settings.eval_dataset} (chance {scores["chance"]:.1%}): CLS {scores["knn_cls"]:.1%}, '
+                          f'patches {scores["knn_patches"]:.1%}; effective rank {scores["effective_rank"]:.1f} of {config.n_embd}')
+            log.write(step=done, **scores)
+        stopping = stop.agreed()
+        if last or stopping or done % settings.save_interval == 0:
+            save()
+        if stopping and not last:
+            process.print(f'stopped after step {done:,} and saved; to go on, run the same command with --resume')
+            return
+    process.print(f'done: {settings.out_dir}/ckpt.pt\n{settings_next(settings)}')
+
+
+def report(done, measures, step, settings, process, log, clock):
+    """One line to the terminal and to log.jsonl, of the means over processes."""
+    values = process.mean(torch.stack([torch.as_tensor(value, dtype=torch.float32) for value in measures.values()])).tolist()
+    values = dict(zip(measures, values))
+    values.update(step=done, lr=lr_at(step, settings), ema=ema_decay_at(step, settings))
+    speed = clock.per_second(done, settings.batch_size)
+    process.print(f'step {done:,}/{settings.max_steps:,}  loss {values["loss"]:.3f} = frame {values["frame"]:.3f} + utterance {values["utterance"]:.3f}  '
+                  f'explained {values["explained"]:.1%}  std {values["target_std"]:.2f} target {values["pred_std"]:.2f} prediction  '
+                  f'lr {values["lr"]:.1e}  ema {values["ema"]:.5f}  gradient {values["grad_norm"]:.2f}  {speed:.0f} clips/s  {clock.left(done)} left')
+    log.write(**values, clips_per_second=speed, time=time.time())
+
+
+def resume_run(model, optimizer, settings, config, input_info, process):
+    """Load the newest checkpoint of out_dir into model and optimizer -> the step to go on from. Refuses another model or other data."""
+    state = runtime.latest_checkpoint(settings.out_dir, process)
+    path = os.path.join(settings.out_dir, 'ckpt.pt')
+    other = [f'{name} {state["config"].get(name)!r} -> {value!r}' for name, value in dataclasses.asdict(config).items() if state['config'].get(name) != value]
+    if other:
+        raise runtime.CheckpointError(f'{path} is of another model ({", ".join(other)}): give the same settings, or another --out_dir')
+    if state['input']['fingerprint'] != input_info['fingerprint']:
+        raise runtime.CheckpointError(f'{path} was trained on other clips than {settings.dataset} holds now: put the data back, or start a new run')
+    changed = runtime.changed_settings(state['settings'], vars(settings), FREE_SETTINGS)
+    if changed:
+        process.print(f'warning: changed since the checkpoint, so that this is no longer the same run: {", ".join(changed)}')
+    runtime.load_weights(model, state['model'], path)
+    optimizer.load_state_dict(state['optimizer'])
+    process.print(f'going on after step {state["step"]:,}')
+    return state['step']
+
+
+def monitor(model, settings, config, process, autocast):
+    """kNN accuracy of the student's frozen features on a validation part of eval_dataset's training split, and their rank."""
+    clips = data.open_clips([settings.eval_dataset], settings.data_dir)
+    chosen = data.random(settings.seed, 'few_labels').permutation(len(clips))[:settings.eval_clips]
+    train, valid = data.carve_validation(clips.select(chosen), 0.3)
+    mean, std = train.statistics(settings.window)
+    spectrum = {'frames': config.frames, 'window': settings.window, 'mean': mean, 'std': std}
+    (train_cls, train_patches), (valid_cls, valid_patches) = (features(model.encoder, part, spectrum, process, autocast) for part in (train, valid))
+    return {'knn_cls': knn_accuracy(train_cls, train.label, valid_cls, valid.label),
+            'knn_patches': knn_accuracy(train_patches, train.label, valid_patches, valid.label),
+            'chance': float((valid.label == torch.from_numpy(valid.label).mode().values.item()).mean()),
+            'effective_rank': effective_rank(valid_cls)}
+
+
+def settings_next(settings):
+    """What to type next."""
+    name = settings.eval_dataset or data.words(settings.dataset)[0]
+    config = f'config/finetune_{name}.py'
+    lines = [f'next:  python eval.py --ckpt={settings.out_dir}/ckpt.pt --dataset={name}      # kNN and linear probe']
+    if os.path.exists(os.path.join(runtime.MODULE_DIR, config)):
+        lines.append(f'       python finetune.py {config} --ckpt={settings.out_dir}/ckpt.pt')
+    return '\n'.join(lines)
+
+
+def run(argv):
+    train(configurator.configure(__file__, argv, (os.path.join(runtime.MODULE_DIR, 'model.py'), 'ASDAConfig')))
+
+
+if __name__ == '__main__':
+    runtime.main(run)
