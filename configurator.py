@@ -61,7 +61,7 @@ def configure(script, argv, dataclass=None):
     """
     known = settings_of(script)
     if dataclass:
-        known.update(settings_of(*dataclass))
+        known = {**known, **settings_of(*dataclass), **known}               # the script's own default wins
     if '--help' in argv or '-h' in argv:
         print_help(script, known)
         raise SystemExit(0)

@@ -321,6 +321,36 @@ def few_labels(clips, per_class, seed):
     return clips.select(np.sort(np.concatenate(chosen)))
 
 
+def task_splits(name, data_dir='data', fold='', labels_per_class=0, seed=1, validation_part=0.1):
+    """(train, valid, test) clips of a labelled set. Raises DataError.
+
+    fold: test on all clips of that fold and train without it; '': test on the set's test (or eval) split. The validation part
+    is the set's own, or carved from the training split by a stable hash. labels_per_class: so many training clips of each class.
+    """
+    meta = read_meta(os.path.join(data_dir, name))
+    if not meta['classes']:
+        raise DataError(f'{name} has no labels: prepare it from folders named after their classes')
+    splits = list(meta.get('splits', {}))
+    if fold:
+        test = open_clips([name], data_dir, splits, only_fold=fold)
+        leave_out = [f'{name}/{fold}']
+    else:
+        test_splits = [split for split in splits if split in ('test', 'eval')]
+        if not test_splits:
+            raise DataError(f'{name} has no test split: name a fold to test on, --fold={meta["folds"][0] if meta["folds"] else "?"}')
+        test, leave_out = open_clips([name], data_dir, test_splits), []
+    train = open_clips([name], data_dir, ['train'], leave_out)
+    if 'valid' in splits:
+        valid = open_clips([name], data_dir, ['valid'], leave_out)
+    else:
+        train, valid = carve_validation(train, validation_part)
+    if labels_per_class:
+        train = few_labels(train, labels_per_class, seed)
+    if not len(train) or not len(valid):
+        raise DataError(f'{name}: {len(train)} training and {len(valid)} validation clips; change validation_part')
+    return train, valid, test
+
+
 # ----------------------------------------------------------------------------------------------------------------- batches
 
 class Order:
@@ -449,9 +479,9 @@ class OrderedBatches(torch.utils.data.Dataset):
         return stack([self.clips.read(i, count=self.samples) for i in chosen], self.samples)
 
 
-def loader(batches, first, last, workers=0, pin=False):
-    """Iterate over items first..last-1 of a batch dataset, ahead of time in worker processes if there are any."""
-    return torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(first, last), num_workers=workers, pin_memory=pin,
+def loader(batches, items, workers=0, pin=False):
+    """Iterate over these items (a range) of a batch dataset, ahead of time in worker processes if there are any."""
+    return torch.utils.data.DataLoader(batches, batch_size=None, sampler=items, num_workers=workers, pin_memory=pin,
                                        prefetch_factor=4 if workers else None, worker_init_fn=quiet_worker if workers else None)
 
 

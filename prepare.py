@@ -13,6 +13,7 @@ This file must not know the network.
 """
 import collections
 import concurrent.futures
+import contextlib
 import csv
 import fractions
 import functools
@@ -23,7 +24,6 @@ import math
 import multiprocessing
 import os
 import re
-import shutil
 import tarfile
 import urllib.error
 import urllib.request
@@ -240,27 +240,27 @@ def pack_chunk(places, max_seconds):
     return [pack_clip(place, max_seconds) for place in places]
 
 
-def pack_in_order(places, settings):
-    """Yield pack_clip's result for every place, in order, computed by the workers. A file that crashes its decoder costs that file."""
-    max_seconds = settings.max_minutes * 60
-    chunks = [places[i:i + CHUNK] for i in range(0, len(places), CHUNK)]
-    if not settings.workers or len(chunks) == 1 and places[0][0] == 'demo':
-        for chunk in chunks:
-            yield from pack_chunk(chunk, max_seconds)
-        return
-    with Workers(settings.workers) as pool:
-        waiting, chunks = collections.deque(), collections.deque(chunks)
-        while chunks or waiting:
-            while chunks and len(waiting) < 2 * settings.workers:           # few enough to bound the memory
-                chunk = chunks.popleft()
-                waiting.append((chunk, pool.submit(chunk, max_seconds)))
-            chunk, future = waiting.popleft()
-            try:
-                yield from future.result()
-            except BrokenProcessPool:
-                pool.restart()
-                yield from pack_one_by_one(chunk, max_seconds)
-                waiting = collections.deque((c, pool.submit(c, max_seconds)) for c, _ in waiting)
+def pack_in_order(places, max_seconds, pool):
+    """Yield pack_clip's result for every place, in order, computed by the pool's workers (None: in this process).
+
+    A file that crashes its decoder costs that file and no other.
+    """
+    chunks = collections.deque(places[i:i + CHUNK] for i in range(0, len(places), CHUNK))
+    waiting = collections.deque()
+    while chunks or waiting:
+        if pool is None:
+            yield from pack_chunk(chunks.popleft(), max_seconds)
+            continue
+        while chunks and len(waiting) < 2 * pool.count:                     # few enough to bound the memory
+            chunk = chunks.popleft()
+            waiting.append((chunk, pool.submit(chunk, max_seconds)))
+        chunk, future = waiting.popleft()
+        try:
+            yield from future.result()
+        except BrokenProcessPool:
+            yield from pack_one_by_one(chunk, max_seconds)
+            pool.restart()
+            waiting = collections.deque((c, pool.submit(c, max_seconds)) for c, _ in waiting)
 
 
 def pack_one_by_one(chunk, max_seconds):
@@ -300,17 +300,19 @@ def prepare(plan, settings):
     if not plan.entries:
         raise DataError(f'no audio file found in {settings.source or plan.name}')
     shards = cut_into_shards(plan)
-    total, began_empty = len(plan.entries), not any(f.endswith('.npz') for f in os.listdir(settings.out_dir))
-    with tqdm(total=total, unit='clip', desc=f'preparing {plan.name}', mininterval=0.5) as bar:
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(tqdm(total=len(plan.entries), unit='clip', desc=f'preparing {plan.name}', mininterval=0.5))
+        pool = stack.enter_context(Workers(settings.workers)) if settings.workers else None
         for base, entries in shards:
             path = os.path.join(settings.out_dir, base)
-            if shard_plan(path) is None:
-                write_shard(path, entries, plan, settings, bar)
-            elif shard_plan(path) != plan_digest(entries):
-                raise DataError(f'{path}.npz is of another source or other settings: add --overwrite to start again')
-            else:
+            made_by = shard_plan(path)
+            if made_by is None:
+                write_shard(path, entries, plan, settings.max_minutes * 60, pool, bar)
+            elif made_by == plan_digest(entries):
                 bar.update(len(entries))
-    finish(plan, shards, settings, began_empty)
+            else:
+                raise DataError(f'{path}.npz is of another source or other settings: add --overwrite to start again')
+    finish(plan, shards, settings)
 
 
 def cut_into_shards(plan):
@@ -338,11 +340,11 @@ def shard_plan(path):
         raise DataError(f'{path}.npz is damaged: delete it and run again') from None
 
 
-def write_shard(path, entries, plan, settings, bar):
+def write_shard(path, entries, plan, max_seconds, pool, bar):
     """Decode the entries into path.pcm, then their index into path.npz, whose presence says that both are whole."""
     good, skipped, lengths, stats = [], [], [], []
     with runtime.replacing(path + '.pcm', 'wb') as f:
-        for entry, result in zip(entries, pack_in_order([entry.place for entry in entries], settings)):
+        for entry, result in zip(entries, pack_in_order([entry.place for entry in entries], max_seconds, pool)):
             bar.update()
             if isinstance(result, str):
                 skipped.append((entry.key, result))
@@ -373,7 +375,7 @@ def labels_of(entries, plan):
     return np.packbits(bits, axis=1)
 
 
-def finish(plan, shards, settings, began_empty):
+def finish(plan, shards, settings):
     """Check how much was skipped, then write skipped.tsv and meta.json from the finished shards."""
     skipped, splits, sums, frames = [], {}, np.zeros((len(WINDOWS), 2)), 0
     for base, _ in shards:
@@ -390,8 +392,7 @@ def finish(plan, shards, settings, began_empty):
         with runtime.replacing(os.path.join(settings.out_dir, 'skipped.tsv')) as f:
             f.writelines(f'{printable(key)}\t{printable(reason)}\n' for key, reason in skipped)
     if len(skipped) == total:
-        if began_empty:
-            shutil.rmtree(settings.out_dir)
+        remove_set(settings.out_dir)
         raise DataError(f'none of the {total} files in {settings.source} could be read, e.g. {printable(skipped[0][0])}: {skipped[0][1]}')
     if len(skipped) > settings.max_bad * total:
         raise DataError(f'{len(skipped)} of {total} files were skipped, more than max_bad = {settings.max_bad:g} allows; see '
@@ -410,6 +411,16 @@ def finish(plan, shards, settings, began_empty):
         if os.path.exists(os.path.join(settings.out_dir, left)):
             os.remove(os.path.join(settings.out_dir, left))
     describe(meta, settings.out_dir)
+
+
+def remove_set(folder):
+    """Delete a prepared set, whole or not: the files that this script writes and no others, then the folder if it is empty."""
+    ours = re.compile(r'(meta\.json|skipped\.tsv|source\.(zip|tar)|(train|valid|test|eval)-\d{5}\.(pcm|npz))(\.tmp)?')
+    for file in os.listdir(folder):
+        if ours.fullmatch(file):
+            os.remove(os.path.join(folder, file))
+    if not os.listdir(folder):
+        os.rmdir(folder)
 
 
 def describe(meta, folder):
@@ -611,7 +622,7 @@ def run(argv):
     settings.out_dir = settings.out_dir or default_out_dir(recipe, settings.source)
     settings.workers = (os.cpu_count() or 1) if settings.workers < 0 else settings.workers
     if settings.overwrite and os.path.isdir(settings.out_dir):
-        shutil.rmtree(settings.out_dir)
+        remove_set(settings.out_dir)
     if os.path.exists(os.path.join(settings.out_dir, 'meta.json')):
         describe(read_meta(settings.out_dir), settings.out_dir)
         print('it is there already; --overwrite makes it anew')

@@ -16,9 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import configurator
 import data
-from eval import effective_rank, features, knn_accuracy
 import prepare
 import runtime
+from eval import effective_rank, features, knn_accuracy
 from model import ASDA, ASDAConfig, count_parameters
 
 out_dir = 'out/pretrain'        # checkpoints and log.jsonl go here
@@ -190,7 +190,7 @@ def train(settings):
     per_process = settings.batch_size // process.world
     places = range(process.rank * per_process, (process.rank + 1) * per_process)
     batches = data.PretrainBatches(clips, config.frames, settings.batch_size, places, settings.seed)
-    loader = data.loader(batches, first, settings.max_steps, settings.workers, pin=process.device.type == 'cuda')
+    loader = data.loader(batches, range(first, settings.max_steps), settings.workers, pin=process.device.type == 'cuda')
     log = runtime.Log(settings.out_dir, process, first if resuming else None)
     log.write(start=first, settings=vars(settings), **runtime.provenance(process), time=time.time())
     stop, clock = runtime.Stop(process), runtime.Clock(first, settings.max_steps)
@@ -230,7 +230,7 @@ def train(settings):
         if done % settings.log_interval == 0 or done == settings.max_steps:
             report(done, measures, step, settings, process, log, clock)
         last = done == settings.max_steps
-        if settings.eval_dataset and (last or settings.eval_interval and done % settings.eval_interval == 0) and process.is_main:
+        if settings.eval_dataset and (last or settings.eval_interval and done % settings.eval_interval == 0):
             scores = monitor(model, settings, config, process, autocast)
             measures.update(scores)
             process.print(f'step {done:,}: kNN accuracy on {settings.eval_dataset} (chance {scores["chance"]:.1%}): CLS {scores["knn_cls"]:.1%}, '

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import authors
-from runtime import CheckpointError
 
 FIXTURES = os.path.join(os.path.dirname(__file__), 'fixtures')
 

@@ -1,0 +1,331 @@
+"""Stage 2: a classifier on a pre-trained encoder.
+
+    python finetune.py config/finetune_esc50.py --ckpt=out/as2m/ckpt.pt --fold=all
+    python finetune.py config/finetune_fsdd.py --ckpt=asda_authors.pt --labels_per_class=10
+    python finetune.py config/finetune_fsdd.py --init=scratch --ckpt=out/real/ckpt.pt      # its architecture, random weights
+
+--ckpt reads our checkpoints and the authors', EAT's and SSLAM's; window, frames and architecture come from it. Without one
+(--init=scratch) they come from the settings, which are the names below and the fields of model.ASDAConfig.
+The best checkpoint is chosen on a validation part of the training split; the test split is looked at once, at the end.
+"""
+import dataclasses
+import math
+import os
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+import configurator
+import data
+import runtime
+from eval import describe, metrics, open_checkpoint, predict
+from model import ASDAConfig, Classifier, count_parameters
+
+out_dir = 'out/finetune'        # checkpoints and log.jsonl go here
+resume = False                  # go on with the run in out_dir
+overwrite = False               # start again, over the run in out_dir
+ckpt = ''                       # pre-trained checkpoint to start from
+init = 'checkpoint'             # checkpoint, or scratch: random weights
+dataset = 'demo'                # a prepared labelled set
+data_dir = 'data'               # where it is
+fold = ''                       # test on this fold; all: on each in turn; '': on the test split
+labels_per_class = 0            # train on so many clips of each class; 0: all
+validation_part = 0.1           # share of the training split that chooses the best checkpoint
+seed = 1                        # decides on everything random
+frames = 0                      # input length; 0: the checkpoint's
+window = 'hamming'              # analysis window without a checkpoint: hamming or hanning
+max_steps = 4000                # updates
+batch_size = 48                 # clips of one update, over all processes and accumulated parts
+accumulate = 1                  # parts that each process cuts its clips into
+lr = 5e-5                       # peak learning rate
+min_lr = 1e-6                   # learning rate at the start of the warm-up and at the end
+warmup_steps = 400              # updates of linear warm-up; then cosine to min_lr
+layer_decay = 0.65              # block i of L learns at lr * layer_decay^(L - i)
+beta1 = 0.9                     # AdamW
+beta2 = 0.95                    # AdamW
+weight_decay = 0.05             # AdamW, decoupled
+decay_vectors = False           # decay biases, norms and CLS too
+drop_path = 0.1                 # stochastic depth of the last block, rising linearly from 0
+roll = True                     # random circular shift and gain of the waveform
+noise = False                   # add noise to the spectrogram and shift it by up to 10 frames
+input_mask = 0.2                # largest share of bands, and of frames, that one mask each hides
+mixup = 0.0                     # Beta(mixup, mixup) decides how a clip and its partner are mixed; 0: no mixup
+mixup_probability = 0.9         # share of the batches that are mixed
+label_smoothing = 0.0           # single labels only, in training only
+loss = 'auto'                   # cross_entropy or bce; auto: bce for a multi-label set
+max_bad_steps = 10              # updates in a row with a gradient that is not finite, before the run stops
+eval_interval = 200             # updates between two evaluations on the validation part
+log_interval = 20               # updates between two lines of the log
+save_interval = 200             # updates between two checkpoints
+keep = 2                        # checkpoints to keep, beside the best
+device = 'auto'                 # cuda, mps or cpu; auto: the best there is
+dtype = 'auto'                  # float32 or bfloat16 (autocast); auto: bfloat16 on a GPU that has it
+compile = False                 # torch.compile
+workers = 2                     # processes that read clips ahead; 0: none
+threads = 0                     # CPU threads of one process; 0: PyTorch's choice
+
+FREE_SETTINGS = ('out_dir', 'resume', 'overwrite', 'data_dir', 'ckpt', 'log_interval', 'save_interval', 'keep', 'device', 'workers',
+                 'threads', 'accumulate')
+HEAD_CHOICES = ('cls_position', 'pooling')      # fields of ASDAConfig that fine-tuning may change (Table 2)
+
+
+def check(settings, world):
+    def refuse(text):
+        raise configurator.ConfigError(text)
+    for name in ('batch_size', 'accumulate', 'max_steps', 'log_interval', 'save_interval', 'eval_interval', 'keep'):
+        if getattr(settings, name) < 1:
+            refuse(f'{name} = {getattr(settings, name)} must be at least 1')
+    parts = world * settings.accumulate
+    if settings.batch_size % (2 * parts) and parts > 1:
+        refuse(f'batch_size = {settings.batch_size} is not divisible by 2 x {world} processes x accumulate = {settings.accumulate}, '
+               f'which mixing pairs of clips needs')
+    for name, allowed in (('init', ('checkpoint', 'scratch')), ('loss', ('auto', 'cross_entropy', 'bce')), ('window', data.WINDOWS)):
+        if getattr(settings, name) not in allowed:
+            refuse(f'{name} = {getattr(settings, name)!r} is none of {", ".join(allowed)}')
+    if settings.init == 'checkpoint' and not settings.ckpt:
+        refuse('name a pre-trained checkpoint, --ckpt=PATH, or start from random weights, --init=scratch')
+    if settings.seed < 0:
+        refuse(f'seed = {settings.seed} must not be negative')
+    if not settings.warmup_steps < settings.max_steps:
+        refuse(f'warmup_steps = {settings.warmup_steps} must be less than max_steps = {settings.max_steps}')
+    for name in ('input_mask', 'label_smoothing', 'validation_part', 'drop_path', 'mixup_probability'):
+        if not 0 <= getattr(settings, name) <= 1:
+            refuse(f'{name} = {getattr(settings, name)} must lie in [0, 1]')
+
+
+def initial_model(settings, n_classes):
+    """A Classifier with the encoder of --ckpt, or random weights -> model, analysis window"""
+    fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(ASDAConfig)}
+    defaults = {field.name: field.default for field in dataclasses.fields(ASDAConfig)}
+    window, encoder = settings.window, None
+    if settings.ckpt:
+        loaded = open_checkpoint(settings.ckpt)
+        set_here = [name for name, value in fields.items() if value != defaults[name] and name not in ('frames', 'drop_path', *HEAD_CHOICES)]
+        if set_here:
+            raise configurator.ConfigError(f'{set_here[0]} comes from the checkpoint {settings.ckpt}: leave it out')
+        chosen = {name: fields[name] for name in HEAD_CHOICES if fields[name] != defaults[name]}
+        fields = {**dataclasses.asdict(loaded.config), **chosen}
+        window, encoder = loaded.spectrum['window'], loaded.encoder
+    fields['frames'] = settings.frames or (fields['frames'] if settings.ckpt else defaults['frames'])
+    fields['drop_path'] = settings.drop_path
+    try:
+        config = ASDAConfig(**fields)
+    except ValueError as error:
+        raise configurator.ConfigError(str(error)) from None
+    torch.manual_seed(settings.seed)
+    model = Classifier(config, n_classes)
+    if settings.init == 'checkpoint':
+        runtime.load_weights(model.encoder, encoder.state_dict(), settings.ckpt)
+    return model, window
+
+
+def layer_scales(model, layer_decay):
+    """{parameter name: factor on the learning rate}: block i of L gets layer_decay^(L - i), all else 1."""
+    L = model.config.n_layer
+    scales = {}
+    for name, _ in model.named_parameters():
+        parts = name.split('.')
+        scales[name] = layer_decay ** (L - int(parts[2])) if parts[:2] == ['encoder', 'blocks'] else 1.0
+    return scales
+
+
+def make_optimizer(model, settings, process):
+    """AdamW with a group for every layer's scale, with and without weight decay."""
+    groups = {}
+    for (_, p), scale in zip(model.named_parameters(), layer_scales(model, settings.layer_decay).values()):
+        decays = settings.decay_vectors or p.squeeze().ndim > 1
+        group = groups.setdefault((scale, decays), {'params': [], 'scale': scale, 'weight_decay': settings.weight_decay if decays else 0.0})
+        group['params'].append(p)
+    assert sum(p.numel() for group in groups.values() for p in group['params']) == count_parameters(model)
+    process.print(f'AdamW: {count_parameters(model):,} parameters in {len(groups)} groups, learning rate scaled from '
+                  f'{min(g["scale"] for g in groups.values()):.2g} to {max(g["scale"] for g in groups.values()):g}')
+    return torch.optim.AdamW(groups.values(), lr=0.0, betas=(settings.beta1, settings.beta2), eps=1e-8, fused=process.device.type == 'cuda')
+
+
+def lr_at(step, settings):
+    """Linear from min_lr to the peak, cosine back to min_lr. (The authors do not scale min_lr by layer; here all of it is.)"""
+    if step < settings.warmup_steps:
+        return settings.min_lr + (settings.lr - settings.min_lr) * step / settings.warmup_steps
+    progress = (step - settings.warmup_steps) / (settings.max_steps - settings.warmup_steps)
+    return settings.min_lr + (settings.lr - settings.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def classification_loss(logits, labels, label_sum, settings, multi_label):
+    """The part's share of the loss over the global batch: the sum over all parts is that loss.
+
+    cross_entropy: mean over clips, with label smoothing. bce of a multi-label set: sum / sum of the (mixed) labels of the
+    global batch (AudioSet). bce of single labels: sum over classes, mean over clips (Speech Commands).
+    logits, labels (B, classes); label_sum: sum of the global batch's labels, which mixing with the reversed batch keeps.
+    """
+    kind = settings.loss if settings.loss != 'auto' else 'bce' if multi_label else 'cross_entropy'
+    if kind == 'cross_entropy':
+        smooth = settings.label_smoothing
+        labels = labels * (1 - smooth) + smooth / labels.shape[1]
+        return -(labels * F.log_softmax(logits, dim=1)).sum() / settings.batch_size
+    total = F.binary_cross_entropy_with_logits(logits, labels, reduction='sum')
+    return total / label_sum if multi_label else total / settings.batch_size
+
+
+def forward_backward(network, batch, spectrum, settings, multi_label, process, autocast):
+    """Forward and backward over this process's clips in parts of mirrored places -> the process's share of the loss."""
+    parts = settings.accumulate
+    clips = len(batch['lengths'])
+    order = torch.cat([torch.tensor(data.mirrored_places(clips, part, parts)) for part in range(parts)]).to(process.device)
+    total = 0
+    for i, chosen in enumerate(order.chunk(parts)):
+        part = {name: value[chosen] if value.ndim else value for name, value in batch.items()}
+        spec = data.log_mel(part['pcm'], part['lengths'], **spectrum, gain=part['gain'])
+        spec, labels = data.augment(spec, part)
+        if isinstance(network, DistributedDataParallel):
+            network.require_backward_grad_sync = i == parts - 1
+        with autocast():
+            logits = network(spec, part['draws'])
+        loss = classification_loss(logits.float(), labels, part['label_sum'], settings, multi_label)
+        (loss * process.world).backward()                                   # DDP takes the mean over processes, the loss is a sum
+        total = total + loss.detach()
+    return total
+
+
+def train(settings, process):
+    """One fine-tuning run -> {'best': scores, 'last': scores} on the test split; None if a signal ended it."""
+    resuming = runtime.check_out_dir(settings.out_dir, settings.resume, settings.overwrite)
+    train_clips, valid, test = data.task_splits(settings.dataset, settings.data_dir, settings.fold, settings.labels_per_class, settings.seed,
+                                                settings.validation_part)
+    multi_label, classes = train_clips.multi_label, train_clips.classes
+    model, window = initial_model(settings, len(classes))
+    config = model.config
+    mean, std = train_clips.statistics(window)
+    spectrum = {'frames': config.frames, 'window': window, 'mean': mean, 'std': std}
+    input_info = {'window': window, 'mean': mean, 'std': std, 'fingerprint': train_clips.fingerprint()}
+    autocast, dtype_name = runtime.autocast(process, settings.dtype)
+    stage = type(settings)(**{name: value for name, value in vars(settings).items() if name not in dataclasses.asdict(config)})
+    process.print(f'{configurator.show(stage)}\n{config}')
+    process.print(f'{len(train_clips):,} training, {len(valid):,} validation, {len(test):,} test clips; {len(classes)} classes; {config.frames} frames; '
+                  f'log-mel mean {mean:.3f}, std {std:.3f}; {dtype_name}; {runtime.provenance(process)}')
+    model.to(process.device)
+    optimizer = make_optimizer(model, settings, process)
+    first, best = 0, -math.inf
+    if resuming:
+        first, best = resume_run(model, optimizer, settings, config, input_info, process)
+    network = model
+    if process.world > 1:
+        network = DistributedDataParallel(model, device_ids=[process.device] if process.device.type == 'cuda' else None,
+                                          gradient_as_bucket_view=True, broadcast_buffers=False)
+    if settings.compile and runtime.can_compile(process):
+        network.compile()
+
+    places = data.mirrored_places(settings.batch_size, process.rank, process.world)
+    batches = data.FinetuneBatches(train_clips, config.frames, settings.batch_size, places, settings.seed, config.n_layer, settings.roll, settings.noise,
+                                   settings.input_mask, settings.mixup, settings.mixup_probability)
+    loader = data.loader(batches, range(first, settings.max_steps), settings.workers, pin=process.device.type == 'cuda')
+    log = runtime.Log(settings.out_dir, process, first if resuming else None)
+    log.write(start=first, settings=vars(settings), **runtime.provenance(process), time=time.time())
+    stop, clock = runtime.Stop(process), runtime.Clock(first, settings.max_steps)
+    bad_steps, scores, done = 0, {}, first
+
+    def state():
+        return {'model': model.state_dict(), 'config': dataclasses.asdict(config), 'step': done, 'settings': vars(settings), 'metrics': scores,
+                'input': input_info, 'classes': classes, 'multi_label': multi_label, 'best': best}
+
+    def evaluate(clips, title):
+        return metrics(predict(model, clips, spectrum, process, autocast, title=title), clips.targets(np.arange(len(clips))), multi_label)[0]
+
+    for step, batch in zip(range(first, settings.max_steps), loader):
+        for group in optimizer.param_groups:
+            group['lr'] = lr_at(step, settings) * group['scale']
+        model.train()
+        batch = {name: value.to(process.device, non_blocking=True) for name, value in batch.items()}
+        loss = forward_backward(network, batch, spectrum, settings, multi_label, process, autocast)
+        finite = all(bool(torch.isfinite(p.grad).all()) for p in model.parameters())
+        if finite:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        bad_steps = 0 if finite else bad_steps + 1
+        done = step + 1
+        if not finite:
+            process.print(f'warning: step {done} has a gradient that is not finite; skipped ({bad_steps} in a row)')
+            if bad_steps >= settings.max_bad_steps:
+                raise runtime.RunError(f'{bad_steps} steps in a row were not finite; lower lr; {settings.out_dir} holds the last checkpoint')
+        last = done == settings.max_steps
+        if last or done % settings.log_interval == 0:
+            value = float(process.mean(loss.clone())) * process.world
+            process.print(f'step {done:,}/{settings.max_steps:,}  loss {value:.4f}  lr {lr_at(step, settings):.1e}  '
+                          f'{clock.per_second(done, settings.batch_size):.0f} clips/s  {clock.left(done)} left')
+            log.write(step=done, loss=value, lr=lr_at(step, settings), time=time.time())
+        if last or done % settings.eval_interval == 0:
+            scores = evaluate(valid, 'validation')
+            process.print(f'step {done:,}: validation {describe(scores)}')
+            log.write(step=done, valid=scores)
+            score = scores.get('mAP', scores.get('accuracy'))
+            if score >= best:                                               # of equals the later, which has seen more
+                best = score
+                if process.is_main:
+                    runtime.save_checkpoint(os.path.join(settings.out_dir, 'best.pt'), state(), keep=1)
+        stopping = stop.agreed()
+        if process.is_main and (last or stopping or done % settings.save_interval == 0):
+            runtime.save_checkpoint(os.path.join(settings.out_dir, 'ckpt.pt'), {**state(), 'optimizer': optimizer.state_dict()}, settings.keep)
+        if stopping and not last:
+            process.print(f'stopped after step {done:,} and saved; to go on, run the same command with --resume')
+            return None
+
+    results = {'last': evaluate(test, 'test')}
+    process.gather(None)                                                    # best.pt is whole before the others read it
+    runtime.load_weights(model, runtime.load_checkpoint(os.path.join(settings.out_dir, 'best.pt'))['model'], 'best.pt')
+    results['best'] = evaluate(test, 'test')
+    log.write(step=done, test=results)
+    for name, path in (('best', 'best.pt'), ('last', 'ckpt.pt')):
+        process.print(f'test, {name} checkpoint ({settings.out_dir}/{path}): {describe(results[name])}')
+    return results
+
+
+def resume_run(model, optimizer, settings, config, input_info, process):
+    """Load the newest checkpoint of out_dir -> the step to go on from, the best validation score so far."""
+    state = runtime.latest_checkpoint(settings.out_dir, process)
+    path = os.path.join(settings.out_dir, 'ckpt.pt')
+    if state['config'] != dataclasses.asdict(config):
+        raise runtime.CheckpointError(f'{path} is of another model: give the same settings, or another --out_dir')
+    if state['input']['fingerprint'] != input_info['fingerprint']:
+        raise runtime.CheckpointError(f'{path} was trained on other clips than these settings choose: put the data back, or start a new run')
+    changed = runtime.changed_settings(state['settings'], vars(settings), FREE_SETTINGS)
+    if changed:
+        process.print(f'warning: changed since the checkpoint, so that this is no longer the same run: {", ".join(changed)}')
+    runtime.load_weights(model, state['model'], path)
+    optimizer.load_state_dict(state['optimizer'])
+    process.print(f'going on after step {state["step"]:,}')
+    return state['step'], state['best']
+
+
+def train_folds(settings, process):
+    """Fine-tune once per fold and report each, mean and spread."""
+    folds = data.read_meta(os.path.join(settings.data_dir, settings.dataset))['folds']
+    if not folds:
+        raise configurator.ConfigError(f'{settings.dataset} has no folds')
+    results = {}
+    for name in folds:
+        out = os.path.join(settings.out_dir, f'fold-{name}')
+        resume = settings.resume and os.path.exists(os.path.join(out, 'log.jsonl'))
+        process.print(f'fold {name}')
+        results[name] = train(type(settings)(**{**vars(settings), 'fold': name, 'out_dir': out, 'resume': resume}), process)
+        if results[name] is None:
+            return
+    for which in ('best', 'last'):
+        values = [result[which].get('mAP', result[which].get('accuracy')) for result in results.values()]
+        process.print(f'{which} checkpoints: ' + ', '.join(f'fold {name} {value:.1%}' for name, value in zip(folds, values))
+                      + f'; mean {np.mean(values):.1%}, standard deviation {np.std(values, ddof=1) if len(values) > 1 else 0:.1%}')
+
+
+def run(argv):
+    settings = configurator.configure(__file__, argv, (os.path.join(runtime.MODULE_DIR, 'model.py'), 'ASDAConfig'))
+    process = runtime.start(settings.device, settings.threads)
+    check(settings, process.world)
+    if settings.fold == 'all':
+        train_folds(settings, process)
+    else:
+        train(settings, process)
+
+
+if __name__ == '__main__':
+    runtime.main(run)

@@ -1,0 +1,357 @@
+"""The network against plain expressions of the paper's equations.   python -m pytest tests/test_model.py"""
+import copy
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import model as model_module
+from model import ASDA, MAX_FRAMES, ASDAConfig, Classifier, DiffAttention, Encoder, count_parameters, n_kept, position_table
+
+SMALL = ASDAConfig(n_layer=2, n_head=4, n_embd=32, frames=64, decoder_layers=2, decoder_groups=4, n_students=3, mask_block=2)
+
+
+def variant(**changes):
+    return dataclasses.replace(SMALL, **changes)
+
+
+def small_batch(config, clips=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    spec = torch.randn(clips, config.frames, config.n_mels, generator=generator)
+    mask = data.block_masks(clips, config.n_students, config.grid, config.mask_ratio, config.mask_block, generator)
+    noise = torch.randn(clips * config.n_students, mask.shape[2], config.n_embd, generator=generator) * 0.01
+    return spec, mask, noise
+
+
+def test_parameter_counts():
+    with torch.device('meta'):
+        assert count_parameters(ASDA(ASDAConfig())) == 94_950_144          # the authors' own model, counted
+        assert abs(count_parameters(Classifier(ASDAConfig(), 527)) / 1e6 - 93) < 0.5
+
+
+# --------------------------------------------------------------------------------------------------------------- attention
+
+def plain_attention(module, x):
+    """Equations 1-3 written out, with explicit softmax matrices."""
+    config = module.config
+    B, N, D = x.shape
+    h, d = config.n_head, D // config.n_head
+    rows = module.qk.weight.split(D)
+    biases = module.qk.bias.split(D)
+    half = len(rows) // 2
+    values = (x @ module.v.weight.T + module.v.bias).view(B, N, h, d)
+    heads = torch.zeros(B, N, h, d, dtype=x.dtype)
+    for number, factor in zip(range(half), (1.0, -config.diff_lambda)):
+        q = (x @ rows[number].T + biases[number]).view(B, N, h, d)
+        k = (x @ rows[half + number].T + biases[half + number]).view(B, N, h, d)
+        for i in range(h):
+            weights = torch.softmax(q[:, :, i] @ k[:, :, i].transpose(1, 2) / math.sqrt(d), dim=-1)
+            heads[:, :, i] += factor * weights @ values[:, :, i]
+    if config.head_norm == 'per_head':
+        mean, variance = heads.mean(-1, keepdim=True), heads.var(-1, keepdim=True, unbiased=False)
+        y = ((heads - mean) / (variance + 1e-5).sqrt()).reshape(B, N, D) * module.norm.weight + module.norm.bias
+    elif config.head_norm == 'all':
+        y = heads.reshape(B, N, D)
+        mean, variance = y.mean(-1, keepdim=True), y.var(-1, keepdim=True, unbiased=False)
+        y = (y - mean) / (variance + 1e-5).sqrt() * module.norm.weight + module.norm.bias
+    else:
+        y = heads.reshape(B, N, D)
+    return y * config.attn_scale @ module.proj.weight.T + module.proj.bias
+
+
+def random_attention(config):
+    torch.manual_seed(1)
+    module = DiffAttention(config).double()
+    for p in module.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return module
+
+
+@pytest.mark.parametrize('head_norm', ['per_head', 'all', 'none'])
+@pytest.mark.parametrize('diff_lambda', [0.0, 0.3, 1.0])
+def test_attention_equals_the_equations(head_norm, diff_lambda):
+    module = random_attention(variant(head_norm=head_norm, diff_lambda=diff_lambda, attn_scale=0.95))
+    x = torch.randn(2, 7, 32, dtype=torch.float64)
+    torch.testing.assert_close(module(x), plain_attention(module, x), atol=1e-10, rtol=1e-9)
+
+
+@pytest.mark.parametrize('diff_lambda, maps', [(0.0, 1), (0.3, 2)])
+def test_one_call_with_one_softmax_per_map(monkeypatch, diff_lambda, maps):
+    shapes = []
+    original = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, 'scaled_dot_product_attention', lambda q, k, v: shapes.append((q.shape, k.shape, v.shape)) or original(q, k, v))
+    module = DiffAttention(variant(diff_lambda=diff_lambda))
+    module(torch.randn(2, 7, 32))
+    assert shapes == [((2, 4 * maps, 7, 8),) * 3]
+    assert module.qk.weight.shape == (2 * maps * 32, 32)                    # lambda 0 builds no Q2 and K2
+
+
+# ----------------------------------------------------------------------------------------------------------------- encoder
+
+@pytest.mark.parametrize('pos_embed', ['1d', '2d'])
+def test_positions_follow_the_formula(pos_embed):
+    table, D = position_table(variant(pos_embed=pos_embed)), 32
+    assert table.shape == (768 * 8, D)
+
+    def axis(index, dim):
+        angles = [index * 10000 ** (-k / (dim / 2)) for k in range(dim // 2)]
+        return [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+    for t, f in ((0, 0), (0, 5), (3, 2), (767, 7)):
+        want = axis(t * 8 + f, D) if pos_embed == '1d' else axis(f, D // 2) + axis(t, D // 2)
+        torch.testing.assert_close(table[t * 8 + f], torch.tensor(want), atol=1e-5, rtol=0)
+
+
+def test_patches_are_time_major_and_cls_has_no_position():
+    encoder = Encoder(SMALL)
+    encoder.positions.zero_()
+    spec = torch.randn(1, 64, 128)
+    t, f = 2, 5
+    want = (encoder.patch_embed.weight[:, 0] * spec[0, t * 16:t * 16 + 16, f * 16:f * 16 + 16]).sum((1, 2)) + encoder.patch_embed.bias
+    torch.testing.assert_close(encoder.embed(spec)[0, t * 8 + f], want)
+
+
+def test_student_sees_only_what_it_keeps():
+    encoder = Encoder(SMALL).eval()
+    spec, mask, _ = small_batch(SMALL)
+    keep = torch.stack([torch.nonzero(~view).flatten() for view in mask.flatten(0, 1)])
+    before = encoder(spec, keep)
+    assert before.shape == (6, 1 + n_kept(32, 0.8), 32)
+    changed = spec.clone()
+    for patch in torch.nonzero(mask[0, 1]).flatten().tolist():              # everything that view 1 of clip 0 does not see
+        t, f = divmod(patch, 8)
+        changed[0, t * 16:t * 16 + 16, f * 16:f * 16 + 16] = 7.0
+    after = encoder(changed, keep)
+    assert torch.equal(before[1], after[1])
+    assert not torch.equal(before[0], after[0])                             # the other views of the clip see some of it
+    assert torch.equal(before[3:], after[3:])                               # the other clip is as it was
+
+
+def test_views_of_one_clip_are_adjacent():
+    encoder = Encoder(SMALL).eval()
+    spec, _, _ = small_batch(SMALL)
+    keep = torch.arange(32).expand(6, 32)                                   # every view sees everything
+    together, alone = encoder(spec, keep), encoder(spec)
+    for view in range(6):
+        torch.testing.assert_close(together[view], alone[view // 3])
+
+
+def test_cls_in_the_middle_stands_there_and_comes_out_first(monkeypatch):
+    head = Encoder(SMALL).eval()
+    middle = Encoder(variant(cls_position='middle')).eval()
+    middle.load_state_dict(head.state_dict())
+    middle.positions, head.positions = middle.positions * 0, head.positions * 0
+    spec = torch.zeros(1, 64, 128)                                          # all patches alike: the one that differs is CLS
+    seen = []
+    for encoder in (head, middle):
+        encoder.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0]))
+        encoder(spec)
+    others = seen[0][1]
+    assert [int(torch.nonzero((x - others).abs().sum(1) > 1e-3).flatten()) for x in seen] == [0, 16]
+    spec = torch.randn(2, 64, 128)
+    (x, ts), (y, us) = head(spec, layers=True), middle(spec, layers=True)
+    torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-4)      # attention has no order and CLS no position: the same function
+    torch.testing.assert_close(ts[0], us[0], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize('frames', [16, 48, 1024, MAX_FRAMES])
+def test_any_length_that_is_a_multiple_of_the_patch(frames):
+    with torch.no_grad():
+        assert Encoder(variant(n_layer=1, n_embd=16))(torch.zeros(1, frames, 128)).shape == (1, 1 + frames // 2, 16)
+
+
+@pytest.mark.parametrize('frames, mels', [(50, 128), (MAX_FRAMES + 16, 128), (64, 64)])
+def test_other_lengths_are_refused(frames, mels):
+    with pytest.raises(ValueError, match='multiple of'):
+        Encoder(SMALL)(torch.zeros(1, frames, mels))
+
+
+def test_initial_values():
+    torch.manual_seed(0)
+    encoder = Encoder(ASDAConfig(n_layer=1))
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.Linear):
+            assert abs(float(module.weight.std()) - 0.02) < 1e-3 and not module.bias.any()
+    assert abs(float(encoder.cls.std()) - 1) < 0.1
+    bound = math.sqrt(6 / (256 + 768))                                      # Xavier on the flattened weight
+    assert abs(float(encoder.patch_embed.weight.abs().max()) - bound) < 1e-4
+    assert float(encoder.patch_embed.bias.abs().max()) <= 1 / 16
+
+
+@pytest.mark.parametrize('changes, message', [
+    ({'n_head': 5}, 'n_embd = 32 is not divisible by n_head = 5'), ({'decoder_groups': 5}, 'decoder_groups = 5'), ({'frames': 50}, 'frames = 50'),
+    ({'frames': MAX_FRAMES + 16}, 'too long'), ({'head_norm': 'some'}, 'head_norm'), ({'pos_embed': '3d'}, 'pos_embed'), ({'mask_ratio': 1.0}, 'mask_ratio'),
+    ({'target_layers': 9}, 'target_layers = 9'), ({'n_layer': 0}, 'n_layer = 0'), ({'n_mels': 100}, 'n_mels = 100'), ({'pooling': 'max'}, 'pooling'),
+    ({'cls_position': 'tail'}, 'cls_position'), ({'utterance_target': 'x'}, 'utterance_target'), ({'n_embd': 30, 'n_head': 2, 'decoder_groups': 2}, 'by 4')])
+def test_impossible_architectures_are_refused_with_the_numbers(changes, message):
+    with pytest.raises(ValueError, match=message):
+        variant(**changes)
+
+
+# ------------------------------------------------------------------------------------------------- decoder, targets, losses
+
+def test_decoder_sees_no_cls_and_fills_with_noise():
+    torch.manual_seed(0)
+    model = ASDA(variant(alpha=0.0))
+    spec, mask, noise = small_batch(SMALL)
+    grabbed = []
+
+    def grab(_, __, output):
+        output.retain_grad()
+        grabbed.append(output)
+    model.encoder.register_forward_hook(grab)
+    model(spec, mask, noise)[1]
+    loss = model(spec, mask, noise)[0]
+    loss.backward()
+    gradient = grabbed[-1].grad
+    assert not gradient[:, 0].any() and gradient[:, 1:].abs().sum(-1).all()
+
+
+def test_decoder_equals_plain_layers():
+    torch.manual_seed(0)
+    decoder = model_module.Decoder(SMALL).double()
+    V, P, D, T = 2, 32, 32, 6
+    tokens, noise = torch.randn(V, T, D).double(), torch.randn(V, P, D).double()
+    keep = torch.stack([torch.randperm(P)[:T] for _ in range(V)])
+    x = noise.clone()
+    for view in range(V):
+        for row, patch in enumerate(keep[view]):
+            x[view, patch] = tokens[view, row]
+    x = x.transpose(1, 2).reshape(V, D, 4, 8)
+    for conv in decoder.convs:
+        y = conv(x)
+        y = (y - y.mean(1, keepdim=True)) / (y.var(1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+        x = x + y * 0.5 * (1 + torch.erf(y / math.sqrt(2)))
+    want = decoder.proj(x.flatten(2).transpose(1, 2))
+    torch.testing.assert_close(decoder(tokens, keep, noise), want)
+
+
+def plain_targets(model, spec, raw=False):
+    """Section 4 of the method, patch by patch, in float64."""
+    _, outputs = model.teacher(spec, layers=True)
+    normed = []
+    for t in outputs[-model.config.target_layers:]:
+        t = t[:, 1:].double()
+        normed.append(t if raw else (t - t.mean(1, keepdim=True)) / (t.var(1, keepdim=True, unbiased=False) + 1e-5).sqrt())
+    mean = torch.stack(normed).mean(0)
+    if raw:
+        mean = mean.mean(1)
+    return (mean - mean.mean(-1, keepdim=True)) / (mean.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+
+
+@pytest.mark.parametrize('target_layers', [0, 1])
+def test_targets(target_layers):
+    model = ASDA(variant(target_layers=target_layers))
+    spec, _, _ = small_batch(SMALL)
+    frame, utterance = model.targets(spec)
+    want = plain_targets(model, spec)
+    torch.testing.assert_close(frame.double(), want, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(utterance.double(), want.mean(1), atol=1e-5, rtol=1e-4)
+    raw = ASDA(variant(target_layers=target_layers, utterance_target='raw'))
+    raw.load_state_dict(model.state_dict())
+    torch.testing.assert_close(raw.targets(spec)[1].double(), plain_targets(model, spec, raw=True), atol=1e-5, rtol=1e-4)
+
+
+def test_losses_and_measures_are_those_of_the_method():
+    torch.manual_seed(0)
+    model = ASDA(variant(alpha=0.7, utterance_scale=3.0))
+    spec, mask, noise = small_batch(SMALL)
+    loss, measures = model(spec, mask, noise)
+    target, utterance_target = model.targets(spec)
+    keep = torch.stack([torch.nonzero(~view).flatten() for view in mask.flatten(0, 1)])
+    x = model.encoder(spec, keep)
+    prediction = model.decoder(x[:, 1:], keep, noise)
+    errors, cls_errors, predicted, wanted = [], [], [], []
+    for view in range(6):
+        masked = mask.flatten(0, 1)[view]
+        errors.append((prediction[view][masked] - target[view // 3][masked]).square().sum(-1) / math.sqrt(32))
+        cls_errors.append((x[view, 0] - utterance_target[view // 3]).square().sum() / math.sqrt(32))
+        predicted.append(prediction[view][masked])
+        wanted.append(target[view // 3][masked])
+    frame, utterance = torch.cat(errors).mean(), torch.stack(cls_errors).mean()
+    torch.testing.assert_close(loss, frame + 0.7 * 3.0 * utterance)
+    torch.testing.assert_close(measures['frame'], frame)
+    torch.testing.assert_close(measures['utterance'], utterance)
+    predicted, wanted = torch.cat(predicted), torch.cat(wanted)
+    torch.testing.assert_close(measures['pred_std'], predicted.std(0, unbiased=False).mean(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(measures['target_std'], wanted.std(0, unbiased=False).mean(), rtol=1e-4, atol=1e-5)
+    explained = 1 - (predicted - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum()
+    torch.testing.assert_close(measures['explained'], explained, rtol=1e-4, atol=1e-5)
+
+
+def test_every_parameter_of_the_student_gets_a_gradient_and_the_teacher_none():
+    for changes in ({}, {'pooling': 'mean'}, {'cls_position': 'middle'}, {'diff_lambda': 0.0}, {'head_norm': 'none'}, {'utterance_target': 'raw'}):
+        torch.manual_seed(0)
+        model = ASDA(variant(**changes))
+        model(*small_batch(SMALL))[0].backward()
+        assert all(p.grad is not None for p in (*model.encoder.parameters(), *model.decoder.parameters())), changes
+        assert all(p.grad is None and not p.requires_grad for p in model.teacher.parameters())
+
+
+def test_teacher_is_the_ema_recursion():
+    torch.manual_seed(0)
+    model = ASDA(SMALL)
+    want = {name: p.detach().double().clone() for name, p in model.encoder.named_parameters()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for decay in (0.9, 0.99, 0.5):
+        model(*small_batch(SMALL))[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.update_teacher(decay)
+        for name, p in model.encoder.named_parameters():
+            want[name] = decay * want[name] + (1 - decay) * p.detach().double()
+    for name, p in model.teacher.named_parameters():
+        torch.testing.assert_close(p.double(), want[name], atol=1e-6, rtol=1e-5)
+
+
+def test_overfits_one_batch():
+    torch.manual_seed(0)
+    model = ASDA(SMALL)
+    batch = small_batch(SMALL)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    first = None
+    for _ in range(300):
+        loss, measures = model(*batch)
+        first = first or float(loss)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert float(loss) < 0.1 * first and float(measures['explained']) > 0.9, (first, float(loss), measures)
+
+
+# -------------------------------------------------------------------------------------------------------------- classifier
+
+def test_classifier_pools_cls_or_patches():
+    torch.manual_seed(0)
+    spec = torch.randn(2, 64, 128)
+    model = Classifier(SMALL, 5).eval()
+    x = model.encoder(spec)
+    torch.testing.assert_close(model(spec), model.head(F.layer_norm(x[:, 0], (32,), model.head_norm.weight, model.head_norm.bias, eps=1e-6)))
+    mean = Classifier(variant(pooling='mean'), 5).eval()
+    mean.load_state_dict(model.state_dict())
+    torch.testing.assert_close(mean(spec), mean.head(mean.head_norm(x[:, 1:].mean(1))))
+
+
+def test_stochastic_depth_drops_whole_clips_and_keeps_the_mean():
+    branch = torch.ones(4000, 2, 3)
+    dropped = model_module.drop_path(branch, 0.25, torch.rand(4000, generator=torch.Generator().manual_seed(0)))
+    assert set(dropped.unique().tolist()) == {0.0, torch.tensor(4 / 3).item()}
+    assert torch.equal(dropped, dropped[:, :1, :1].expand(-1, 2, 3))
+    assert abs(float(dropped.mean()) - 1) < 0.03
+    model = Classifier(variant(drop_path=0.5), 5)
+    assert [block.drop_rate for block in model.encoder.blocks] == [0.0, 0.5]
+    spec = torch.randn(2, 64, 128)
+    torch.testing.assert_close(model(spec, torch.ones(2, 2, 2)), drop_nothing(model, 2.0)(spec), atol=1e-5, rtol=1e-4)
+
+
+def drop_nothing(model, factor):
+    """The same model with the last block's branches scaled, as a draw that drops nothing leaves them."""
+    scaled = copy.deepcopy(model)
+    block = scaled.encoder.blocks[1]
+    with torch.no_grad():
+        for linear in (block.attn.proj, block.mlp[2]):
+            linear.weight *= factor
+            linear.bias *= factor
+    return scaled
