@@ -12,6 +12,7 @@ import json
 import os
 import re
 import signal
+import zipfile
 
 import numpy as np
 import torch
@@ -286,7 +287,7 @@ def read_shards(folder, split, meta):
                 index = {'offset': stored['offsets'], 'length': stored['lengths'], 'label': stored['labels'],
                          'fold': stored['folds'], 'hash': stored['hashes'], 'stats': stored['stats']}
             size = os.path.getsize(base + '.pcm') // 2
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise DataError(f'the shard {base} cannot be read ({error}): delete it and prepare the set again') from None
         clips = len(index['offset'])
         if any(len(array) != clips for array in index.values()) or clips and (

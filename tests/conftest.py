@@ -20,8 +20,10 @@ TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--frames=64', '--decoder_la
 
 
 @pytest.fixture(autouse=True)
-def two_threads():
-    torch.set_num_threads(2)
+def threads_as_before():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def write_wav(path, samples, rate=16000):

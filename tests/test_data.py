@@ -1,0 +1,321 @@
+"""Spectrograms against torchaudio, masks against a loop, order and augmentation.   python -m pytest tests/test_data.py"""
+import io
+import json
+import os
+import shutil
+import tarfile
+import time
+import zipfile
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import torchaudio
+from torchaudio.compliance import kaldi
+
+import data
+from data import DataError
+
+from .conftest import SHARED, needs_shared
+
+
+def reference_fbank(wave, window):
+    return kaldi.fbank(wave[None], htk_compat=True, sample_frequency=16000, use_energy=False, window_type=window, num_mel_bins=128, dither=0.0,
+                       frame_shift=10)
+
+
+def check_batch(waves, window):
+    lengths = torch.tensor([len(wave) for wave in waves])
+    batch = torch.zeros(len(waves), int(lengths.max()))
+    for row, wave in zip(batch, waves):
+        row[:len(wave)] = wave
+    result = data.fbank(batch, lengths, window)
+    assert result.shape == (len(waves), data.frames_in(int(lengths.max())), 128)
+    for row, wave in zip(result, waves):
+        want = reference_fbank(wave, window)
+        assert (row[:len(want)] - want).abs().max() < 1e-3
+        assert not row[len(want):].any()                                    # padding is 0 in the log-mel domain
+
+
+@pytest.mark.parametrize('window', data.WINDOWS)
+@pytest.mark.parametrize('rate', [8000, 11025, 16000, 22050, 44100, 48000])
+def test_fbank_equals_kaldi_on_a_padded_batch(window, rate):
+    rng = np.random.default_rng(rate)
+    waves = []
+    for seconds in (0.03, 0.5, 1.3):
+        t = np.arange(int(rate * seconds)) / rate
+        wave = 0.3 * np.sin(2 * np.pi * 440 * t) + 0.1 * rng.standard_normal(len(t)) * (t > 0.2) + 0.05
+        waves.append(torchaudio.functional.resample(torch.tensor(wave, dtype=torch.float32), rate, 16000))
+    check_batch([wave for wave in waves if len(wave) >= 400] + [torch.zeros(1000)], window)
+
+
+@needs_shared
+@pytest.mark.parametrize('window', data.WINDOWS)
+def test_fbank_equals_kaldi_on_real_clips_of_every_rate(window):
+    files = []
+    with zipfile.ZipFile(os.path.join(SHARED, 'audio', 'free-spoken-digit-dataset-master.zip')) as archive:
+        files += [archive.read(name) for name in sorted(archive.namelist())[5:3000:300]]
+    for name, step in (('esc10.tar', 60), ('wakewords.tar', 300)):
+        with tarfile.open(os.path.join(SHARED, 'audio', name)) as archive:
+            members = [member for member in archive.getmembers() if member.name.endswith('.ogg')]
+            files += [archive.extractfile(member).read() for member in members[::step]]
+    waves, rates = [], set()
+    for content in files:
+        wave, rate = soundfile.read(io.BytesIO(content), dtype='float32')
+        rates.add(rate)
+        wave = torchaudio.functional.resample(torch.from_numpy(wave), rate, 16000)
+        waves.append(wave - wave.mean())
+    assert rates == {8000, 16000, 44100}
+    check_batch(waves, window)
+
+
+def test_log_mel_pads_cuts_and_normalises():
+    rng = np.random.default_rng(0)
+    pcm = torch.zeros(2, 8000, dtype=torch.int16)
+    pcm[0] = torch.from_numpy((rng.standard_normal(8000) * 3000 + 500).astype(np.int16))
+    pcm[1, :3000] = pcm[0, :3000]
+    lengths = torch.tensor([8000, 3000])
+    for frames in (16, 64):
+        x = data.log_mel(pcm, lengths, frames, 'hamming', -4.0, 2.0)
+        assert x.shape == (2, frames, 128)
+        for row, length in zip(range(2), lengths):
+            wave = pcm[row, :length].float() / 32768
+            want = (reference_fbank(wave - wave.mean(), 'hamming')[:frames] + 4.0) / 4.0
+            torch.testing.assert_close(x[row, :len(want)], want, atol=1e-3, rtol=0)
+            assert torch.equal(x[row, len(want):], torch.full((frames - len(want), 128), 1.0))      # (0 + 4) / 4
+    quiet = data.log_mel(pcm, lengths, 16, 'hamming', 0.0, 0.5)
+    louder = data.log_mel(pcm, lengths, 16, 'hamming', 0.0, 0.5, gain=torch.tensor([2.0, 2.0]))
+    heard = quiet > -15                                                     # the lowest bands hold no FFT bin: always the floor
+    assert heard.float().mean() > 0.95
+    torch.testing.assert_close(louder[heard], quiet[heard] + 2 * np.log(2), atol=2e-3, rtol=0)
+
+
+def test_a_clip_of_one_window_or_of_silence():
+    x = data.log_mel(torch.zeros(1, 400, dtype=torch.int16), torch.tensor([400]), 16, 'hanning', 0.0, 0.5)
+    assert torch.isfinite(x).all() and float(x[0, 0, 0]) == pytest.approx(np.log(torch.finfo(torch.float32).eps))
+
+
+# ------------------------------------------------------------------------------------------------------------------- masks
+
+def masks(grid, n_students=16, batch=4, ratio=0.8, block=5, seed=0, adjust=0.07):
+    return data.block_masks(batch, n_students, grid, ratio, block, torch.Generator().manual_seed(seed), adjust)
+
+
+@pytest.mark.parametrize('grid, kept', [((64, 8), 102), ((63, 8), 100), ((40, 8), 63), ((8, 8), 12)])
+def test_exact_count_in_every_view(grid, kept):
+    mask = masks(grid)
+    assert mask.shape == (4, 16, grid[0] * grid[1]) and mask.dtype == torch.bool
+    assert ((~mask).sum(-1) == kept).all()
+
+
+def test_views_differ_and_a_seed_repeats():
+    mask = masks((63, 8))
+    assert len({tuple(view.tolist()) for view in mask.flatten(0, 1)}) == 64
+    assert torch.equal(mask, masks((63, 8))) and not torch.equal(mask, masks((63, 8), seed=1))
+
+
+@pytest.mark.parametrize('grid, block, ratio', [((63, 8), 5, 0.8), ((8, 8), 3, 0.8), ((8, 8), 2, 0.8), ((32, 8), 4, 0.6), ((20, 8), 5, 0.5)])
+def test_block_structure_equals_a_loop(grid, block, ratio):
+    """The same draws, block by block: what is kept lies inside the blocks, or the blocks lie inside it."""
+    rows, columns = grid
+    n_blocks = int(rows * columns * (1 - ratio + 0.07) / block ** 2)
+    centres = torch.randint(rows * columns, (64, n_blocks), generator=torch.Generator().manual_seed(3))
+    mask = masks(grid, ratio=ratio, block=block, seed=3)
+    fuller = thinner = 0
+    for view, kept in zip(centres.tolist(), ~mask.flatten(0, 1)):
+        inside = torch.zeros(rows, columns, dtype=torch.bool)
+        for centre in view:
+            for i in range(block):
+                for j in range(block):
+                    row = min(max(centre // columns + i - block // 2, 0), rows - 1)
+                    column = min(max(centre % columns + j - block // 2, 0), columns - 1)
+                    inside[row, column] = True
+        inside = inside.flatten()
+        if inside.sum() >= kept.sum():
+            thinner += 1
+            assert not (kept & ~inside).any()
+        else:
+            fuller += 1
+            assert not (inside & ~kept).any()
+    assert thinner + fuller == 64
+
+
+def test_masks_of_a_base_batch_take_less_than_50_ms_on_one_core():
+    torch.set_num_threads(1)
+    generator, times = torch.Generator().manual_seed(0), []
+    for _ in range(5):
+        began = time.perf_counter()
+        data.block_masks(48, 16, (63, 8), 0.8, 5, generator)
+        times.append(time.perf_counter() - began)
+    assert min(times) < 0.05, times
+
+
+# --------------------------------------------------------------------------------------------------------------- the clips
+
+def test_order_is_a_permutation_per_epoch_from_any_start():
+    order = [data.Order(7, seed=1).at(position) for position in range(21)]
+    assert [sorted(order[i:i + 7]) for i in (0, 7, 14)] == [list(range(7))] * 3
+    assert order[:7] != order[7:14] and order != [data.Order(7, seed=2).at(position) for position in range(21)]
+
+
+def test_batches_do_not_depend_on_the_number_of_processes_or_workers(data_dir):
+    clips = data.open_clips(['noises', 'demo'], data_dir)
+    assert clips.length.max() > data.samples_for(64)                        # so that there are crops
+    whole = data.PretrainBatches(clips, 64, 8, range(8), seed=3)
+    halves = [data.PretrainBatches(clips, 64, 8, places, seed=3) for places in (range(4), range(4, 8))]
+    for step in (0, 5, 60):
+        assert torch.equal(whole[step]['pcm'], torch.cat([half[step]['pcm'] for half in halves]))
+    from_workers = list(data.loader(whole, range(3, 6), workers=2))
+    assert all(torch.equal(batch['pcm'], whole[step]['pcm']) for step, batch in zip(range(3, 6), from_workers))
+
+
+def finetune_batches(clips, places, **options):
+    return data.FinetuneBatches(clips, 64, 8, places, seed=3, n_layer=2, roll=True, noise=True, mask_ratio=0.3, mixup=0.5, **options)
+
+
+def test_augmented_batches_do_not_depend_on_the_number_of_processes(data_dir):
+    clips = data.open_clips(['noises'], data_dir)
+    whole = finetune_batches(clips, data.mirrored_places(8, 0, 1))
+    for step in range(4):
+        batch = whole[step]
+        spec, labels = data.augment(data.log_mel(batch['pcm'], batch['lengths'], 64, 'hamming', -4, 4, batch['gain']), batch)
+        for part in range(2):
+            places = data.mirrored_places(8, part, 2)
+            one = finetune_batches(clips, places)[step]
+            assert one['label_sum'] == batch['label_sum'] and one['mix'] == batch['mix']
+            spec1, labels1 = data.augment(data.log_mel(one['pcm'], one['lengths'], 64, 'hamming', -4, 4, one['gain']), one)
+            assert torch.equal(spec1, spec[places]) and torch.equal(labels1, labels[places])
+
+
+def test_mirrored_places_share_the_batch_and_hold_their_partners():
+    for parts in (1, 2, 4):
+        shares = [data.mirrored_places(16, part, parts) for part in range(parts)]
+        assert sorted(sum(shares, [])) == list(range(16))
+        for share in shares:
+            assert [15 - place for place in share] == share[::-1]
+
+
+def plain_draws(n, frames, **changes):
+    batch = {'mix': torch.tensor(1.0), 'labels': torch.eye(n), 'bands': torch.zeros(n, 2, dtype=torch.int64), 'times': torch.zeros(n, 2, dtype=torch.int64),
+             'noise': torch.zeros(n), 'noise_seed': torch.arange(n), 'shift': torch.zeros(n, dtype=torch.int64)}
+    return {**batch, **changes}
+
+
+def test_augmentations_one_by_one():
+    x = torch.randn(3, 32, 128)
+    same, labels = data.augment(x, plain_draws(3, 32))
+    assert torch.equal(same, x) and torch.equal(labels, torch.eye(3))
+    masked, _ = data.augment(x, plain_draws(3, 32, bands=torch.tensor([[0, 5], [7, 7], [100, 128]]), times=torch.tensor([[2, 4], [0, 0], [31, 32]])))
+    want = x.clone()
+    want[0, :, :5] = want[0, 2:4] = want[2, :, 100:] = want[2, 31:] = 0
+    assert torch.equal(masked, want)
+    mixed, labels = data.augment(x, plain_draws(3, 32, mix=torch.tensor(0.25)))
+    torch.testing.assert_close(mixed[0], 0.25 * x[0] + 0.75 * x[2])
+    torch.testing.assert_close(labels[0], torch.tensor([0.25, 0.0, 0.75]))
+    noisy, _ = data.augment(x, plain_draws(3, 32, noise=torch.tensor([0.1, 0.1, 0.1]), shift=torch.tensor([3, 0, -10])))
+    added = noisy[0] - x[0].roll(3, 0)
+    assert 0 <= added.min() and added.max() <= 0.1 + 1e-6 and added.std() > 0.02
+    assert (noisy[2] - x[2].roll(-10, 0)).abs().max() <= 0.1 + 1e-6
+
+
+def test_draws_have_the_stated_ranges(data_dir):
+    batches = finetune_batches(data.open_clips(['noises'], data_dir), [0])
+    draws = [batches.draw(np.random.default_rng(i)) for i in range(2000)]
+    widths = np.array([[d['bands'][1] - d['bands'][0], d['times'][1] - d['times'][0]] for d in draws])
+    assert widths.min(axis=0).tolist() == [0, 0] and widths.max() <= 0.3 * 128
+    assert widths[:, 0].max() in (37, 38) and widths[:, 1].max() in (18, 19)            # floors of U[0, 38.4) and U[0, 19.2)
+    assert abs(widths[:, 0].mean() - (0.3 * 64 - 0.5)) < 1
+    assert min(d['bands'][0] for d in draws) == 0 and max(d['bands'][1] for d in draws) >= 126
+    gains = [d['gain'] for d in draws]
+    assert abs(np.mean(gains) - 1) < 0.02 and 0.5 < min(gains) and max(gains) < 1.5
+    assert {d['shift'] for d in draws} == set(range(-10, 10)) and 0 <= min(d['noise'] for d in draws) and max(d['noise'] for d in draws) < 0.1
+
+
+def test_statistics_pool_the_real_frames_of_a_union(data_dir):
+    clips = data.open_clips(['demo', 'noises'], data_dir)
+    values = []
+    for i in range(len(clips)):
+        wave = torch.from_numpy(clips.read(i).astype(np.float32) / 32768)
+        values.append(reference_fbank(wave - wave.mean(), 'hanning').flatten())
+    values = torch.cat(values).double()
+    mean, std = clips.statistics('hanning')
+    assert abs(mean - float(values.mean())) < 1e-3 and abs(std - float(values.std(unbiased=False))) < 1e-3
+
+
+def test_splits_are_disjoint_stable_and_counted(data_dir):
+    train, valid, test = data.task_splits('demo', data_dir, labels_per_class=3, seed=1)
+    assert np.bincount(train.label).tolist() == [3] * 10
+    sets = [set(part.keys()) for part in (train, valid, test)]
+    assert not sets[0] & sets[1] and not sets[0] & sets[2] and not sets[1] & sets[2]
+    again, other = (data.task_splits('demo', data_dir, labels_per_class=3, seed=seed)[0] for seed in (1, 2))
+    assert again.keys() == train.keys() != other.keys()
+    assert set(data.task_splits('demo', data_dir, labels_per_class=3, seed=2)[1].keys()) == sets[1]
+    assert train.fingerprint() != other.fingerprint() == data.task_splits('demo', data_dir, labels_per_class=3, seed=2)[0].fingerprint()
+
+
+# --------------------------------------------------------------------------------------------------------------- bad input
+
+def rewrite_meta(folder, **changes):
+    path = os.path.join(folder, 'meta.json')
+    with open(path) as f:
+        meta = json.load(f)
+    with open(path, 'w') as f:
+        json.dump({**meta, **changes}, f)
+
+
+def rewrite_shard(folder, **changes):
+    path = os.path.join(folder, 'train-00000.npz')
+    with np.load(path) as stored:
+        arrays = {**stored, **changes}
+    np.savez(path, **arrays)
+
+
+def damage(kind, folder):
+    shard = os.path.join(folder, 'train-00000')
+    if kind == 'no meta':
+        os.remove(os.path.join(folder, 'meta.json'))
+    elif kind == 'torn meta':
+        with open(os.path.join(folder, 'meta.json'), 'w') as f:
+            f.write('{"name": "noi')
+    elif kind == 'old version':
+        rewrite_meta(folder, version=0)
+    elif kind == 'no classes':
+        rewrite_meta(folder, classes=None)
+    elif kind == 'fewer classes':
+        rewrite_meta(folder, classes=['low'])
+    elif kind == 'no pcm':
+        os.remove(shard + '.pcm')
+    elif kind == 'short pcm':
+        os.truncate(shard + '.pcm', 1000)
+    elif kind == 'torn npz':
+        os.truncate(shard + '.npz', 300)
+    elif kind == 'objects':
+        rewrite_shard(folder, labels=np.array([{}], dtype=object))
+    elif kind == 'negative offset':
+        rewrite_shard(folder, offsets=np.array([-5] * 20))
+    elif kind == 'huge length':
+        rewrite_shard(folder, lengths=np.array([2 ** 62] * 20))
+
+
+@pytest.mark.parametrize('kind', ['no meta', 'torn meta', 'old version', 'no classes', 'fewer classes', 'no pcm', 'short pcm', 'torn npz', 'objects',
+                                  'negative offset', 'huge length'])
+def test_a_damaged_set_is_named(data_dir, tmp_path, kind):
+    shutil.copytree(os.path.join(data_dir, 'noises'), tmp_path / 'noises')
+    damage(kind, str(tmp_path / 'noises'))
+    with pytest.raises(DataError, match='noises'):
+        data.open_clips(['noises'], str(tmp_path))
+
+
+@pytest.mark.parametrize('options, message', [
+    ({'names': []}, 'names no prepared set'), ({'names': ['absent']}, 'absent'), ({'names': ['noises'], 'splits': ['valid']}, 'no clips left'),
+    ({'names': ['noises'], 'leave_out': ['noises']}, 'leave_out'), ({'names': ['noises'], 'leave_out': ['demo/1']}, 'leave_out'),
+    ({'names': ['noises'], 'leave_out': ['noises/9']}, "no fold '9'"), ({'names': ['noises'], 'only_fold': '3'}, "fold '3'")])
+def test_wrong_selections_are_named(data_dir, options, message):
+    with pytest.raises(DataError, match=message):
+        data.open_clips(data_dir=data_dir, **options)
+
+
+def test_too_few_labels_are_named(data_dir):
+    with pytest.raises(DataError, match='labels_per_class = 500'):
+        data.task_splits('demo', data_dir, labels_per_class=500)
