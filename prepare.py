@@ -121,6 +121,7 @@ def uncompressed_tar(path, work_dir):
         return plain
     limit, written = os.path.getsize(path) * MAX_ARCHIVE_RATIO, 0
     with tarfile.open(path, 'r:*') as archive, runtime.replacing(plain, 'wb') as out:
+        archive.fileobj.seek(0)                                             # opening has read the first header
         while block := archive.fileobj.read(1 << 20):
             written += len(block)
             if written > limit:
@@ -170,7 +171,6 @@ def source_or_download(settings, url):
         return settings.source
     path = os.path.join(settings.out_dir, 'source.zip')
     if not os.path.exists(path):
-        os.makedirs(settings.out_dir, exist_ok=True)
         download(url, path)
     return path
 
@@ -264,12 +264,13 @@ def pack_in_order(places, max_seconds, pool):
 
 
 def pack_one_by_one(chunk, max_seconds):
-    """After a crash: each file in a process of its own, so that only the culprit is lost."""
-    for place in chunk:
-        with Workers(1) as alone:
+    """After a crash: one file at a time in one process, so that only the culprit is lost."""
+    with Workers(1) as alone:
+        for place in chunk:
             try:
                 yield alone.submit([place], max_seconds).result()[0]
             except BrokenProcessPool:
+                alone.restart()
                 yield 'its decoder crashed'
 
 
@@ -299,6 +300,7 @@ def prepare(plan, settings):
     """Write every shard of the plan that is not there yet, then skipped.tsv and meta.json. Raises DataError."""
     if not plan.entries:
         raise DataError(f'no audio file found in {settings.source or plan.name}')
+    os.makedirs(settings.out_dir, exist_ok=True)
     shards = cut_into_shards(plan)
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(tqdm(total=len(plan.entries), unit='clip', desc=f'preparing {plan.name}', mininterval=0.5))
@@ -627,13 +629,11 @@ def run(argv):
         describe(read_meta(settings.out_dir), settings.out_dir)
         print('it is there already; --overwrite makes it anew')
         return
-    made = not os.path.isdir(settings.out_dir)
-    os.makedirs(settings.out_dir, exist_ok=True)
     try:
         prepare(RECIPES[recipe](settings), settings)
-    except BaseException:
-        if made and os.path.isdir(settings.out_dir) and not os.listdir(settings.out_dir):
-            os.rmdir(settings.out_dir)                                      # nothing half-written stays
+    except DataError:
+        if os.path.isdir(settings.out_dir) and not any(file.endswith('.npz') for file in os.listdir(settings.out_dir)):
+            remove_set(settings.out_dir)                                    # not one whole shard: nothing half-written stays
         raise
 
 

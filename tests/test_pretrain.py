@@ -1,0 +1,224 @@
+"""Pre-training as a run: schedules, processes and accumulation, resuming, refusals.   python -m pytest tests/test_pretrain.py"""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import pretrain
+import runtime
+from configurator import configure
+
+from .conftest import ROOT, TINY, call, is_one_line_error, script
+
+RUN = [*TINY, '--dataset=noises', '--batch_size=8', '--max_steps=6', '--warmup_steps=2', '--log_interval=1', '--save_interval=3', '--lr=1e-2']
+
+
+def settings(*argv):
+    return configure(os.path.join(ROOT, 'pretrain.py'), list(argv), (os.path.join(ROOT, 'model.py'), 'ASDAConfig'))
+
+
+def log_of(out_dir):
+    """The training lines of a log, without what is measured by the clock."""
+    with open(os.path.join(out_dir, 'log.jsonl')) as f:
+        lines = [json.loads(line) for line in f]
+    return [{key: value for key, value in line.items() if key not in ('time', 'clips_per_second')} for line in lines if 'step' in line]
+
+
+def weights_of(out_dir):
+    return runtime.load_checkpoint(os.path.join(out_dir, 'ckpt.pt'))
+
+
+def same_state(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_state(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same_state, a, b))
+    return a == b
+
+
+@pytest.fixture(scope='module')
+def straight(data_dir, tmp_path_factory):
+    """An uninterrupted run in one process."""
+    out = str(tmp_path_factory.mktemp('straight'))
+    result = call(pretrain.run, *RUN, f'--data_dir={data_dir}', f'--out_dir={out}')
+    assert result.code == 0, result.err
+    return out
+
+
+def test_schedules():
+    s = settings('--lr=1.0', '--warmup_steps=10', '--max_steps=110', '--ema_start=0.5', '--ema_end=0.9', '--ema_steps=4')
+    assert [pretrain.lr_at(step, s) for step in (0, 5, 10)] == [0.0, 0.5, 1.0]
+    assert pretrain.lr_at(60, s) == pytest.approx(0.5) and pretrain.lr_at(110, s) == pytest.approx(0.0, abs=1e-12)
+    assert [pretrain.ema_decay_at(step, s) for step in (0, 2, 4, 99)] == pytest.approx([0.5, 0.7, 0.9, 0.9])
+
+
+def test_optimizer_decays_matrices_only_unless_told():
+    from model import ASDA
+    process = runtime.Process(0, 1, torch.device('cpu'))
+    for flag, vectors in (('--decay_vectors=False', 0.0), ('--decay_vectors=True', 0.05)):
+        s = settings(*TINY, flag)
+        model = ASDA(pretrain.model_config(s))
+        decay = {id(p): group['weight_decay'] for group in pretrain.make_optimizer(model, s, process).param_groups for p in group['params']}
+        for name, p in model.named_parameters():
+            if not name.startswith('teacher'):
+                is_vector = name.endswith('.bias') or 'norm' in name or name == 'encoder.cls'
+                assert decay.pop(id(p)) == (vectors if is_vector else 0.05), name
+        assert not decay
+
+
+def test_a_run_logs_learns_and_can_be_read(straight):
+    lines = log_of(straight)
+    assert [line['step'] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert lines[-1]['loss'] < lines[0]['loss']
+    for key in ('loss', 'frame', 'utterance', 'target_std', 'pred_std', 'explained', 'grad_norm', 'lr', 'ema'):
+        assert all(key in line for line in lines)
+    assert sorted(os.listdir(straight)) == ['ckpt.1.pt', 'ckpt.pt', 'log.jsonl']
+    state = weights_of(straight)
+    assert {'model', 'config', 'optimizer', 'step', 'settings', 'metrics', 'version', 'commit'} <= set(state) and state['step'] == 6
+    assert state['metrics']['loss'] == lines[-1]['loss'] and state['config']['n_embd'] == 32
+
+
+def test_the_same_run_again_gives_the_same_bits_with_workers_too(straight, data_dir, tmp_path):
+    assert call(pretrain.run, *RUN, f'--data_dir={data_dir}', f'--out_dir={tmp_path}/again', '--workers=2').code == 0
+    assert log_of(straight) == log_of(tmp_path / 'again')
+    assert same_state(weights_of(straight)['model'], weights_of(tmp_path / 'again')['model'])
+
+
+def test_accumulated_and_distributed_runs_equal_one_process(straight, data_dir, tmp_path):
+    accumulated, distributed = str(tmp_path / 'accumulated'), str(tmp_path / 'distributed')
+    assert call(pretrain.run, *RUN, f'--data_dir={data_dir}', f'--out_dir={accumulated}', '--accumulate=2').code == 0
+    result = script('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'pretrain.py', *RUN, f'--data_dir={data_dir}',
+                    f'--out_dir={distributed}')
+    assert result.returncode == 0, result.stderr
+    want = log_of(straight)
+    for out in (accumulated, distributed):
+        got = log_of(out)
+        assert len(got) == len(want)
+        for ours, theirs in zip(got, want):
+            for key in ('loss', 'frame', 'utterance', 'grad_norm'):
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-5), (out, ours['step'], key)
+        for name, tensor in weights_of(out)['model'].items():
+            if name.endswith('attn.qk.bias'):
+                tensor, other = tensor[:64], weights_of(straight)['model'][name][:64]       # Q; K's true gradient is zero
+            else:
+                other = weights_of(straight)['model'][name]
+            torch.testing.assert_close(tensor, other, atol=2e-5, rtol=1e-4, msg=name)
+
+
+def test_resuming_goes_on_with_the_very_same_run(straight, data_dir, tmp_path):
+    out = str(tmp_path / 'resumed')
+    shutil.copytree(straight, out)
+    os.replace(os.path.join(out, 'ckpt.1.pt'), os.path.join(out, 'ckpt.pt'))                # as it was after step 3
+    assert weights_of(out)['step'] == 3
+    with open(os.path.join(out, 'log.jsonl'), 'a') as f:
+        f.write('{"step": 9, "lo')                                                          # a line torn by a crash
+    result = call(pretrain.run, *RUN, f'--data_dir={data_dir}', f'--out_dir={out}', '--resume')
+    assert result.code == 0 and 'going on after step 3' in result.out and 'warning' not in result.out
+    assert log_of(out) == log_of(straight)
+    assert same_state(weights_of(out)['model'], weights_of(straight)['model'])
+    assert same_state(weights_of(out)['optimizer'], weights_of(straight)['optimizer'])
+
+
+def test_sigterm_saves_and_says_how_to_go_on(straight, data_dir, tmp_path):
+    out = str(tmp_path / 'stopped')
+    command = [sys.executable, 'pretrain.py', *RUN, '--max_steps=100000', f'--data_dir={data_dir}', f'--out_dir={out}', '--save_interval=100000']
+    running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    for line in running.stdout:
+        if line.startswith('step 3/'):
+            break
+    running.send_signal(signal.SIGTERM)
+    rest, errors = running.communicate(timeout=60)
+    assert running.returncode == 0 and 'saved; to go on, run the same command with --resume' in rest, errors
+    assert weights_of(out)['step'] == log_of(out)[-1]['step'] >= 3
+
+
+def test_a_truncated_checkpoint_is_replaced_by_the_one_before(straight, data_dir, tmp_path):
+    out = str(tmp_path / 'truncated')
+    shutil.copytree(straight, out)
+    os.truncate(os.path.join(out, 'ckpt.pt'), 5000)
+    result = call(pretrain.run, *RUN, f'--data_dir={data_dir}', f'--out_dir={out}', '--resume')
+    assert result.code == 0 and 'warning' in result.out and 'going on after step 3' in result.out
+    assert log_of(out) == log_of(straight) and same_state(weights_of(out)['model'], weights_of(straight)['model'])
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    path = str(tmp_path / 'ckpt.pt')
+    runtime.save_checkpoint(path, {'model': {}, 'config': {}, 'settings': {}, 'step': 1})
+
+    def full(*_):
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(os, 'fsync', full)
+    with pytest.raises(runtime.RunError, match='No space left.*one before it is intact'):
+        runtime.save_checkpoint(path, {'model': {}, 'config': {}, 'settings': {}, 'step': 2})
+    assert runtime.load_checkpoint(path)['step'] == 1 and os.listdir(tmp_path) == ['ckpt.pt']
+
+
+def test_a_loss_that_stays_nan_stops_the_run_and_names_the_clips(data_dir, tmp_path):
+    result = call(pretrain.run, *RUN, '--lr=1e30', '--warmup_steps=1', '--grad_clip=0', '--max_bad_steps=2', '--max_steps=30', f'--data_dir={data_dir}',
+                  f'--out_dir={tmp_path}/nan')
+    assert result.code == 1 and '2 steps in a row' in result.err and '.wav' in result.err and 'Traceback' not in result.err
+    assert all(torch.isfinite(p).all() for p in torch.load(os.path.join(ROOT, 'tests', 'fixtures', 'authors_tiny_pretrain.pt'), weights_only=True)
+               ['model'].values() if isinstance(p, torch.Tensor))
+
+
+@pytest.mark.parametrize('argv, words', [
+    (['--frames=64', '--mask_block=5'], ['mask_block = 5', '4 x 8']), (['--frames=128', '--mask_block=5'], ['64 patches', 'mask_block']),
+    (['--frames=50'], ['frames = 50']), (['--frames=123200'], ['frames = 123200', 'too long']), (['--n_head=3'], ['n_embd = 32', 'n_head = 3']),
+    (['--decoder_groups=3'], ['decoder_groups = 3']), (['--accumulate=3'], ['batch_size = 8', 'accumulate = 3']), (['--dataset=absent'], ['absent', 'prepare']),
+    (['--dataset='], ['dataset']), (['--window=hann'], ['hann', 'hamming']), (['--device=tpu'], ['tpu']), (['--dtype=float8'], ['float8']),
+    (['--leave_out=noises/5'], ['leave_out']), (['--max_steps=0'], ['max_steps']), (['--warmup_steps=6'], ['warmup_steps = 6']), (['--seed=-1'], ['seed']),
+    (['--resume'], ['nothing to resume']), (['config/absent.py'], ['config/absent.py']), (['--mask_ratio=1.5'], ['mask_ratio']), (['--keep=0'], ['keep'])])
+def test_refusals_at_the_start(data_dir, tmp_path, argv, words):
+    result = call(pretrain.run, *RUN, f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out', *argv)
+    assert is_one_line_error(result, *words)
+    assert not os.path.exists(tmp_path / 'out')
+
+
+def test_a_folder_with_a_run_is_not_overwritten(straight, data_dir):
+    before = {file: os.path.getmtime(os.path.join(straight, file)) for file in os.listdir(straight)}
+    base = [*RUN, f'--data_dir={data_dir}', f'--out_dir={straight}']
+    assert is_one_line_error(call(pretrain.run, *base), '--resume', '--overwrite')
+    assert is_one_line_error(call(pretrain.run, *base, '--resume', '--overwrite'), 'contradict')
+    assert is_one_line_error(call(pretrain.run, *base, '--resume', '--n_embd=64'), 'n_embd 32 -> 64')
+    assert is_one_line_error(call(pretrain.run, *base, '--resume', '--dataset=demo'), 'other clips')
+    assert {file: os.path.getmtime(os.path.join(straight, file)) for file in os.listdir(straight)} == before
+
+
+def test_a_changed_setting_is_said_when_going_on(straight, data_dir, tmp_path):
+    out = str(tmp_path / 'changed')
+    shutil.copytree(straight, out)
+    result = call(pretrain.run, *RUN, f'--data_dir={data_dir}', f'--out_dir={out}', '--resume', '--max_steps=7', '--log_interval=2')
+    assert result.code == 0 and 'max_steps 6 -> 7' in result.out and 'log_interval' not in result.out.split('changed since')[1].splitlines()[0]
+
+
+def test_monitor_and_next_step(data_dir, tmp_path):
+    result = call(pretrain.run, *RUN, '--dataset=demo', '--eval_dataset=demo', '--eval_interval=3', f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out')
+    assert result.code == 0, result.err
+    scores = [line for line in log_of(tmp_path / 'out') if 'knn_cls' in line]
+    assert [line['step'] for line in scores] == [3, 6] and all(0 <= line['knn_cls'] <= 1 and line['effective_rank'] > 1 for line in scores)
+    assert 'time left' not in result.out and 'left' in result.out and 'next:  python eval.py --ckpt=' in result.out
+
+
+def test_parts_of_a_union_are_left_out(data_dir, tmp_path):
+    began = time.time()
+    result = call(pretrain.run, *RUN, '--dataset=noises,demo', '--splits=train,test', '--max_steps=3', f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out')
+    assert result.code == 0 and '224 clips' in result.out and time.time() - began < 60
+
+
+@pytest.mark.slow
+def test_bf16_follows_float32(data_dir, tmp_path):
+    """bfloat16 autocast on the demo: the losses of 60 steps stay within 2 %."""
+    logs = []
+    for dtype in ('float32', 'bfloat16'):
+        out = str(tmp_path / dtype)
+        assert call(pretrain.run, *RUN, '--lr=1e-3', '--max_steps=60', '--dataset=demo', f'--dtype={dtype}', f'--data_dir={data_dir}', f'--out_dir={out}').code == 0
+        logs.append([line['loss'] for line in log_of(out)])
+    assert logs[1] == pytest.approx(logs[0], rel=0.02)
