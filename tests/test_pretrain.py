@@ -165,8 +165,7 @@ def test_a_loss_that_stays_nan_stops_the_run_and_names_the_clips(data_dir, tmp_p
     result = call(pretrain.run, *RUN, '--lr=1e30', '--warmup_steps=1', '--grad_clip=0', '--max_bad_steps=2', '--max_steps=30', f'--data_dir={data_dir}',
                   f'--out_dir={tmp_path}/nan')
     assert result.code == 1 and '2 steps in a row' in result.err and '.wav' in result.err and 'Traceback' not in result.err
-    assert all(torch.isfinite(p).all() for p in torch.load(os.path.join(ROOT, 'tests', 'fixtures', 'authors_tiny_pretrain.pt'), weights_only=True)
-               ['model'].values() if isinstance(p, torch.Tensor))
+    assert not os.path.exists(tmp_path / 'nan' / 'ckpt.pt')                 # nothing worth keeping was reached
 
 
 @pytest.mark.parametrize('argv, words', [
