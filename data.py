@@ -91,16 +91,20 @@ def log_energies(wave, window, banks):
     return (power @ banks).clamp_min(torch.finfo(torch.float32).eps).log()
 
 
-def log_mel(pcm, lengths, frames, window, mean, std, gain=None):
+def log_mel(pcm, lengths, frames, window, mean, std, gain=None, repeat=False):
     """Int16 PCM to the network's input: scale, remove the clip's mean, fbank, pad with 0 or cut, normalise.
 
-    pcm (B, samples) int16, lengths (B,) real samples, gain (B,) factors or None. -> (B, frames, 128) float32, (x - mean) / (2 std)
+    pcm (B, samples) int16, lengths (B,) real samples, gain (B,) factors or None; repeat: a clip that is shorter than its row
+    starts again at its end instead of being padded. -> (B, frames, 128) float32, (x - mean) / (2 std)
     """
     wave = pcm.float() / 32768
     real = torch.arange(wave.shape[1], device=wave.device) < lengths[:, None]
     wave = (wave - (wave * real).sum(dim=1, keepdim=True) / lengths[:, None].clamp_min(1)) * real
     if gain is not None:
         wave = wave * gain[:, None]
+    if repeat:
+        wave = wave.gather(1, torch.arange(wave.shape[1], device=wave.device) % lengths[:, None])
+        lengths = torch.full_like(lengths, wave.shape[1])
     if wave.shape[1] < WINDOW_SAMPLES:
         wave = F.pad(wave, (0, WINDOW_SAMPLES - wave.shape[1]))
     x = fbank(wave, lengths, window)[:, :frames]
@@ -377,20 +381,29 @@ def stack(waves, samples):
 
 
 class PretrainBatches(torch.utils.data.Dataset):
-    """Item k: this process's clips of step k, random crops of clips that are longer than the input."""
+    """Item k: this process's clips of step k, random crops of clips that are longer than the input.
 
-    def __init__(self, clips, frames, batch_size, places, seed):
+    join: shorter clips are followed by others, drawn at random, until the input is full, instead of by padding.
+    """
+
+    def __init__(self, clips, frames, batch_size, places, seed, join=False):
         self.clips, self.samples, self.batch_size, self.places, self.seed = clips, samples_for(frames), batch_size, places, seed
-        self.order = Order(len(clips), seed)
+        self.join, self.order = join, Order(len(clips), seed)
 
     def __getitem__(self, step):
         waves = []
         for place in self.places:
-            i = self.order.at(step * self.batch_size + place)
-            spare = int(self.clips.length[i]) - self.samples
-            start = int(random(self.seed, 'crop', step, place).integers(spare + 1)) if spare > 0 else 0
-            waves.append(self.clips.read(i, start, self.samples))
+            generator = random(self.seed, 'crop', step, place)
+            wave = self.crop(self.order.at(step * self.batch_size + place), self.samples, generator)
+            while self.join and len(wave) < self.samples:
+                wave = np.append(wave, self.crop(generator.integers(len(self.clips)), self.samples - len(wave), generator))
+            waves.append(wave)
         return stack(waves, self.samples)
+
+    def crop(self, i, samples, generator):
+        """At most so many samples of clip i, from anywhere in it."""
+        spare = max(int(self.clips.length[i]) - samples, 0)
+        return self.clips.read(i, int(generator.integers(spare + 1)), samples)
 
 
 def mirrored_places(batch_size, part, parts):

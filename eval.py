@@ -57,7 +57,7 @@ class Loaded:
     encoder: torch.nn.Module
     classifier: torch.nn.Module | None
     config: ASDAConfig
-    spectrum: dict                  # frames, window, mean, std
+    spectrum: dict                  # frames, window, mean, std, repeat: what data.log_mel wants
     classes: list | None
     multi_label: bool | None
     settings: dict
@@ -82,7 +82,7 @@ def open_checkpoint(path):
 def open_ours(path, state):
     try:
         config = ASDAConfig(**state['config'])
-        spectrum = {'frames': config.frames, **{name: state['input'][name] for name in ('window', 'mean', 'std')}}
+        spectrum = {'frames': config.frames, **{name: state['input'][name] for name in ('window', 'mean', 'std', 'repeat')}}
         is_classifier = 'head.weight' in state['model']
         classes, multi_label = (list(state['classes']), bool(state['multi_label'])) if is_classifier else (None, None)
         if spectrum['window'] not in data.WINDOWS or not isinstance(spectrum['mean'], float) or not isinstance(spectrum['std'], float):
@@ -98,10 +98,10 @@ def open_theirs(path, is_classifier):
     """Their files name no statistics and no classes: AudioSet's statistics, unless the number of classes says otherwise."""
     if not is_classifier:
         model = authors.load_pretrained(path)
-        return Loaded(model.encoder, None, model.config, {'frames': model.config.frames, **authors.INPUT}, None, None, {})
+        return Loaded(model.encoder, None, model.config, {'frames': model.config.frames, 'repeat': False, **authors.INPUT}, None, None, {})
     model = authors.load_classifier(path)
     n_classes = model.head.out_features
-    spectrum = {'frames': model.config.frames, **authors.INPUT_BY_CLASSES.get(n_classes, authors.INPUT)}
+    spectrum = {'frames': model.config.frames, 'repeat': False, **authors.INPUT_BY_CLASSES.get(n_classes, authors.INPUT)}
     return Loaded(model.encoder, model, model.config, spectrum, [f'class {i}' for i in range(n_classes)], n_classes == 527, {})
 
 
@@ -118,8 +118,10 @@ def over_clips(function, clips, spectrum, process, autocast, batch_size=64, work
     hidden = not title or not process.is_main
     for batch in tqdm(data.loader(batches, mine, workers), desc=title, total=len(mine), leave=False, disable=hidden or None):
         pcm, lengths = batch['pcm'].to(process.device), batch['lengths'].to(process.device)
+        spec = data.log_mel(pcm, lengths, **spectrum)
+        lengths = torch.full_like(lengths, pcm.shape[1]) if spectrum['repeat'] else lengths
         with torch.inference_mode(), autocast():
-            found.append([part.float().cpu().numpy() for part in function(data.log_mel(pcm, lengths, **spectrum), lengths)])
+            found.append([part.float().cpu().numpy() for part in function(spec, lengths)])
     shared = process.gather(found)
     in_order = [shared[k % process.world][k // process.world] for k in range(len(batches))]
     return [np.concatenate(parts) for parts in zip(*in_order)]
@@ -284,7 +286,7 @@ def probe_pretrained(loaded, settings, process, autocast):
     how = {'batch_size': settings.batch_size, 'workers': settings.workers}
     encoded = [features(loaded.encoder, part, spectrum, process, autocast, title='encoding', **how) for part in parts]
     longest = int(max(data.frames_in(part.length).max() for part in parts))
-    whole = {**spectrum, 'frames': min(longest, MAX_FRAMES)}                # the baseline may see whole clips
+    whole = {**spectrum, 'frames': min(longest, MAX_FRAMES), 'repeat': False}                 # the baseline may see whole clips
     kinds = {'log-mel statistics': [log_mel_statistics(part, whole, process, **how) for part in parts],
              'CLS': [part[0] for part in encoded], 'mean of patches': [part[1] for part in encoded]}
     targets = [part.targets(np.arange(len(part))) for part in parts]

@@ -37,6 +37,7 @@ validation_part = 0.1           # share of the training split that chooses the b
 seed = 1                        # decides on everything random
 frames = 0                      # input length; 0: the checkpoint's
 window = 'hamming'              # analysis window without a checkpoint: hamming or hanning
+repeat = False                  # repeat clips shorter than the input instead of padding; on if the checkpoint was pre-trained on joined clips
 max_steps = 4000                # updates
 batch_size = 48                 # clips of one update, over all processes and accumulated parts
 accumulate = 1                  # parts that each process cuts its clips into
@@ -97,10 +98,10 @@ def check(settings, world):
 
 
 def initial_model(settings, n_classes):
-    """A Classifier with the encoder of --ckpt, or random weights -> model, analysis window"""
+    """A Classifier with the encoder of --ckpt, or random weights -> model, analysis window, repeat"""
     fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(ASDAConfig)}
     defaults = {field.name: field.default for field in dataclasses.fields(ASDAConfig)}
-    window, encoder = settings.window, None
+    window, repeat, encoder = settings.window, settings.repeat, None
     if settings.ckpt:
         loaded = open_checkpoint(settings.ckpt)
         set_here = [name for name, value in fields.items() if value != defaults[name] and name not in ('frames', 'drop_path', *HEAD_CHOICES)]
@@ -108,7 +109,7 @@ def initial_model(settings, n_classes):
             raise configurator.ConfigError(f'{set_here[0]} comes from the checkpoint {settings.ckpt}: leave it out')
         chosen = {name: fields[name] for name in HEAD_CHOICES if fields[name] != defaults[name]}
         fields = {**dataclasses.asdict(loaded.config), **chosen}
-        window, encoder = loaded.spectrum['window'], loaded.encoder
+        window, repeat, encoder = loaded.spectrum['window'], loaded.spectrum['repeat'] or repeat, loaded.encoder
     fields['frames'] = settings.frames or (fields['frames'] if settings.ckpt else defaults['frames'])
     fields['drop_path'] = settings.drop_path
     try:
@@ -119,7 +120,7 @@ def initial_model(settings, n_classes):
     model = Classifier(config, n_classes)
     if settings.init == 'checkpoint':
         runtime.load_weights(model.encoder, encoder.state_dict(), settings.ckpt)
-    return model, window
+    return model, window, repeat
 
 
 def layer_scales(model, layer_decay):
@@ -195,11 +196,11 @@ def train(settings, process):
     train_clips, valid, test = data.task_splits(settings.dataset, settings.data_dir, settings.fold, settings.labels_per_class, settings.seed,
                                                 settings.validation_part)
     multi_label, classes = train_clips.multi_label, train_clips.classes
-    model, window = initial_model(settings, len(classes))
+    model, window, repeat = initial_model(settings, len(classes))
     config = model.config
     mean, std = train_clips.statistics(window)
-    spectrum = {'frames': config.frames, 'window': window, 'mean': mean, 'std': std}
-    input_info = {'window': window, 'mean': mean, 'std': std, 'fingerprint': train_clips.fingerprint()}
+    spectrum = {'frames': config.frames, 'window': window, 'mean': mean, 'std': std, 'repeat': repeat}
+    input_info = {'window': window, 'mean': mean, 'std': std, 'repeat': repeat, 'fingerprint': train_clips.fingerprint()}
     autocast, dtype_name = runtime.autocast(process, settings.dtype)
     stage = type(settings)(**{name: value for name, value in vars(settings).items() if name not in dataclasses.asdict(config)})
     process.print(f'{configurator.show(stage)}\n{config}')

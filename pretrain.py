@@ -31,6 +31,7 @@ leave_out = ''                  # SET/FOLD parts of them to leave out, separated
 norm_mean = None                # log-mel mean; None: of the chosen clips
 norm_std = None                 # log-mel standard deviation; None: of the chosen clips
 window = 'hamming'              # analysis window: hamming (paper) or hanning (authors' code)
+short_clips = 'pad'             # clips shorter than the input: pad with zeros, or join with other clips until it is full
 seed = 1                        # decides on everything random
 max_steps = 400000              # updates
 batch_size = 48                 # clips of one update, over all processes and accumulated parts
@@ -89,6 +90,8 @@ def check(settings, world):
             raise configurator.ConfigError(f'{name} = {getattr(settings, name)} must be at least 1')
     if settings.window not in data.WINDOWS:
         raise configurator.ConfigError(f'window = {settings.window!r} is none of {", ".join(data.WINDOWS)}')
+    if settings.short_clips not in ('pad', 'join'):
+        raise configurator.ConfigError(f'short_clips = {settings.short_clips!r} is neither pad nor join')
     if settings.seed < 0:
         raise configurator.ConfigError(f'seed = {settings.seed} must not be negative')
     if not settings.warmup_steps < settings.max_steps:
@@ -166,7 +169,8 @@ def train(settings):
     mean, std = clips.statistics(settings.window)
     mean = mean if settings.norm_mean is None else settings.norm_mean
     std = std if settings.norm_std is None else settings.norm_std
-    input_info = {'window': settings.window, 'mean': mean, 'std': std, 'fingerprint': clips.fingerprint()}
+    join = settings.short_clips == 'join'
+    input_info = {'window': settings.window, 'mean': mean, 'std': std, 'repeat': join, 'fingerprint': clips.fingerprint()}
     autocast, dtype_name = runtime.autocast(process, settings.dtype)
     process.print(configurator.show(settings))
     process.print(f'{len(clips):,} clips, {clips.length.sum() / data.SAMPLE_RATE / 3600:.2f} hours, log-mel mean {mean:.3f}, std {std:.3f}; '
@@ -189,7 +193,7 @@ def train(settings):
 
     per_process = settings.batch_size // process.world
     places = range(process.rank * per_process, (process.rank + 1) * per_process)
-    batches = data.PretrainBatches(clips, config.frames, settings.batch_size, places, settings.seed)
+    batches = data.PretrainBatches(clips, config.frames, settings.batch_size, places, settings.seed, join)
     loader = data.loader(batches, range(first, settings.max_steps), settings.workers, pin=process.device.type == 'cuda')
     log = runtime.Log(settings.out_dir, process, first if resuming else None)
     log.write(start=first, settings=vars(settings), **runtime.provenance(process), time=time.time())
@@ -281,7 +285,7 @@ def monitor(model, settings, config, process, autocast):
     chosen = data.random(settings.seed, 'few_labels').permutation(len(clips))[:settings.eval_clips]
     train, valid = data.carve_validation(clips.select(chosen), 0.3)
     mean, std = train.statistics(settings.window)
-    spectrum = {'frames': config.frames, 'window': settings.window, 'mean': mean, 'std': std}
+    spectrum = {'frames': config.frames, 'window': settings.window, 'mean': mean, 'std': std, 'repeat': settings.short_clips == 'join'}
     (train_cls, train_patches), (valid_cls, valid_patches) = (features(model.encoder, part, spectrum, process, autocast) for part in (train, valid))
     return {'knn_cls': knn_accuracy(train_cls, train.label, valid_cls, valid.label),
             'knn_patches': knn_accuracy(train_patches, train.label, valid_patches, valid.label),

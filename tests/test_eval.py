@@ -109,7 +109,7 @@ def test_features_ignore_padding_and_do_not_depend_on_the_batch(data_dir, pretra
 def test_log_mel_statistics_are_over_real_frames(data_dir):
     clips = data.open_clips(['noises'], data_dir)
     frames = int(data.frames_in(clips.length.max()))
-    got = evaluation.log_mel_statistics(clips, {'frames': frames, 'window': 'hamming', 'mean': 0.0, 'std': 0.5}, CPU, batch_size=5)
+    got = evaluation.log_mel_statistics(clips, {'frames': frames, 'window': 'hamming', 'mean': 0.0, 'std': 0.5, 'repeat': False}, CPU, batch_size=5)
     for i in (0, 3):
         wave = torch.from_numpy(clips.read(i).astype(np.float32) / 32768)[None]
         x = data.fbank(wave - wave.mean(), torch.tensor([wave.shape[1]]))[0]

@@ -80,14 +80,14 @@ def test_a_run_from_our_checkpoint(straight, pretrained):
 
 
 def test_the_encoder_is_the_pretrained_students(pretrained):
-    model, window = finetune.initial_model(settings(f'--ckpt={pretrained}', '--frames=96', '--drop_path=0.2'), 7)
+    model, window, _ = finetune.initial_model(settings(f'--ckpt={pretrained}', '--frames=96', '--drop_path=0.2'), 7)
     stored = torch.load(pretrained, weights_only=True)['model']
     for name, tensor in model.encoder.state_dict().items():
         assert torch.equal(tensor, stored[f'encoder.{name}'])
     assert model.config.frames == 96 and model.config.drop_path == 0.2 and window == 'hamming' and len(model.head.weight) == 7
-    other, _ = finetune.initial_model(settings(f'--ckpt={pretrained}', '--pooling=mean', '--cls_position=middle'), 7)
+    other, _, _ = finetune.initial_model(settings(f'--ckpt={pretrained}', '--pooling=mean', '--cls_position=middle'), 7)
     assert (other.config.pooling, other.config.cls_position) == ('mean', 'middle')
-    scratch, _ = finetune.initial_model(settings(f'--ckpt={pretrained}', '--init=scratch'), 7)
+    scratch, _, _ = finetune.initial_model(settings(f'--ckpt={pretrained}', '--init=scratch'), 7)
     assert scratch.config.n_embd == 32 and not torch.equal(scratch.encoder.cls, model.encoder.cls)
 
 

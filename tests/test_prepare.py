@@ -176,7 +176,7 @@ def test_demo_is_a_function_of_the_seed_and_hard_enough(tmp_path):
     assert one == three != two and contents(tmp_path / 'demo')['train-00000.pcm'].startswith(one[:2 * 20720])
     train, valid, test = data.task_splits('demo', str(tmp_path))
     assert np.bincount(test.label).tolist() == [24] * 10
-    process, spectrum = Process(0, 1, torch.device('cpu')), {'frames': 128, 'window': 'hamming', 'mean': 0.0, 'std': 0.5}
+    process, spectrum = Process(0, 1, torch.device('cpu')), {'frames': 128, 'window': 'hamming', 'mean': 0.0, 'std': 0.5, 'repeat': False}
     x, v, t = (log_mel_statistics(part, spectrum, process) for part in (train, valid, test))
     targets = [part.targets(np.arange(len(part))) for part in (train, valid, test)]
     logits, _ = linear_probe((x, targets[0]), (v, targets[1]), t, False)
