@@ -1,0 +1,20 @@
+"""The demo's ten synthetic sounds with ten labels per class.
+
+    python finetune.py config/finetune_demo.py --ckpt=out/demo/ckpt.pt
+
+What it costs: 300 updates of 32 clips. Time: about a minute on two CPU cores. What to expect: the README's results.
+"""
+out_dir = 'out/finetune_demo'
+dataset = 'demo'
+labels_per_class = 10
+max_steps = 300
+batch_size = 32
+warmup_steps = 30
+lr = 6e-4
+layer_decay = 0.75
+roll = True
+noise = True
+label_smoothing = 0.1
+eval_interval = 100
+log_interval = 50
+workers = 0

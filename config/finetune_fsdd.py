@@ -1,0 +1,22 @@
+"""Spoken digits (FSDD), ten classes, 0.4 s each: few labels, or an unheard speaker.
+
+    python finetune.py config/finetune_fsdd.py --ckpt=out/real/ckpt.pt --labels_per_class=10
+    python finetune.py config/finetune_fsdd.py --ckpt=out/real/ckpt.pt --fold=theo --max_steps=600
+
+What it costs: 300 updates of 32 clips. Time with the model of config/real.py: about a minute on one CPU core. What to expect:
+the table in the README's results.
+"""
+out_dir = 'out/finetune_fsdd'
+dataset = 'fsdd'
+frames = 64                     # 0.64 s; nine of ten digits are shorter
+max_steps = 300
+batch_size = 32
+warmup_steps = 30
+lr = 6e-4
+layer_decay = 0.75
+roll = False                    # a digit that starts in its middle is another word
+noise = True
+label_smoothing = 0.1
+eval_interval = 100
+log_interval = 50
+workers = 0

@@ -1,0 +1,22 @@
+"""Six wake words, 3 s each, ten labels per class.
+
+    python finetune.py config/finetune_wakewords.py --ckpt=out/real/ckpt.pt
+
+What it costs: 300 updates of 16 clips. Time with the model of config/real.py: about two minutes on one CPU core. What to expect:
+the table in the README's results.
+"""
+out_dir = 'out/finetune_wakewords'
+dataset = 'wakewords'
+labels_per_class = 10
+frames = 304                    # 3 s
+max_steps = 300
+batch_size = 16
+warmup_steps = 30
+lr = 6e-4
+layer_decay = 0.75
+roll = False
+noise = True
+label_smoothing = 0.1
+eval_interval = 100
+log_interval = 50
+workers = 0

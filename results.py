@@ -1,0 +1,115 @@
+"""The README's table: five tasks from one pre-trained checkpoint, beside the same model from scratch and log-mel statistics.
+
+    python results.py --ckpt=out/real/ckpt.pt                  # everything; finished runs are not run again
+    python results.py --ckpt=out/real/ckpt.pt --arms=scratch   # only one of pretrained, scratch, probes
+
+Learning rate (and, from scratch, length) are chosen by the validation accuracy of the first seed; then each seed is run with the
+choice, and its best checkpoint (by validation) meets the test split once. Every run is a finetune.py command, written to its log.
+"""
+import concurrent.futures
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+
+import configurator
+import eval as evaluation
+import runtime
+
+ckpt = 'out/real/ckpt.pt'               # the pre-trained checkpoint
+out_dir = 'out/results'                 # one folder per run goes here
+data_dir = 'data'                       # prepared demo, fsdd, wakewords and esc10
+arms = 'pretrained,scratch,probes'      # what to run
+seeds = 2                               # seeds per task: other labels, other random numbers
+jobs = 2                                # runs at a time, one CPU thread each
+
+TASKS = {                               # name: (finetune.py arguments, updates, frames)
+    'FSDD, 10 labels per class': (['config/finetune_fsdd.py', '--labels_per_class=10'], 300),
+    'FSDD, unheard speaker': (['config/finetune_fsdd.py', '--fold=theo'], 600),
+    'wakewords, 10 labels per class': (['config/finetune_wakewords.py'], 300),
+    'ESC-10, fold 5': (['config/finetune_esc10.py'], 300),
+    'demo, 10 labels per class': (['config/finetune_demo.py'], 300)}
+ARMS = {                                # arm: (further arguments, learning rates, multiples of the task's updates)
+    'pretrained': ([], (2e-4, 6e-4), (1,)),
+    'scratch': (['--init=scratch', '--layer_decay=1'], (3e-4, 1e-3), (1, 3))}
+
+
+def finetune(settings, task, arm, lr, multiple, seed):
+    """Run one finetune.py command to its end, or find it finished -> (validation accuracy of the best checkpoint, test scores of it)."""
+    arguments, updates = TASKS[task]
+    folder = os.path.join(settings.out_dir, f'{"".join(c if c.isalnum() else "_" for c in task)}-{arm}-{lr:g}-x{multiple}-seed{seed}')
+    if (found := finished(folder)) is None:
+        command = [sys.executable, os.path.join(runtime.MODULE_DIR, 'finetune.py'), os.path.join(runtime.MODULE_DIR, arguments[0]), *arguments[1:],
+                   *ARMS[arm][0], f'--ckpt={settings.ckpt}', f'--data_dir={settings.data_dir}', f'--out_dir={folder}', f'--lr={lr}',
+                   f'--max_steps={updates * multiple}', f'--seed={seed}', '--threads=1', *(['--resume'] if os.path.exists(f'{folder}/ckpt.pt') else ['--overwrite'])]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            raise runtime.RunError(f'{" ".join(command)} ended with {result.returncode}: {result.stderr.strip()[-300:]}')
+        found = finished(folder)
+    print(f'{task}, {arm}, lr {lr:g}, x{multiple}, seed {seed}: validation {found[0]:.1%}, test {evaluation.describe(found[1])}', flush=True)
+    return found
+
+
+def finished(folder):
+    """(best validation accuracy, test scores of that checkpoint) of a finished run, else None."""
+    path = os.path.join(folder, 'log.jsonl')
+    if not os.path.exists(path):
+        return None
+    lines = [json.loads(line) for line in runtime.whole_lines(path)]
+    test = [line['test']['best'] for line in lines if 'test' in line]
+    return (max(line['valid']['accuracy'] for line in lines if 'valid' in line), test[-1]) if test else None
+
+
+def tuned(settings, task, arm, pool):
+    """[test scores of each seed] with the learning rate and length that the first seed's validation part prefers."""
+    _, rates, multiples = ARMS[arm]
+    grid = [(lr, multiple) for multiple in multiples for lr in rates]
+    first = list(pool.map(lambda choice: finetune(settings, task, arm, *choice, seed=1), grid))
+    lr, multiple = grid[int(np.argmax([valid for valid, _ in first]))]
+    others = list(pool.map(lambda seed: finetune(settings, task, arm, lr, multiple, seed), range(2, settings.seeds + 1)))
+    return [first[grid.index((lr, multiple))][1]] + [scores for _, scores in others]
+
+
+def probes(settings, task):
+    """{features and probe: [test scores of each seed]}"""
+    arguments, _ = TASKS[task]
+    tune = configurator.configure(os.path.join(runtime.MODULE_DIR, 'finetune.py'), [os.path.join(runtime.MODULE_DIR, arguments[0]), *arguments[1:]])
+    found = {}
+    for seed in range(1, settings.seeds + 1):
+        how = configurator.configure(evaluation.__file__, [f'--ckpt={settings.ckpt}', f'--dataset={tune.dataset}', f'--data_dir={settings.data_dir}',
+                                     f'--fold={tune.fold}', f'--labels_per_class={tune.labels_per_class}', f'--seed={seed}', '--device=cpu'])
+        process = runtime.start(how.device)
+        autocast, _ = runtime.autocast(process, how.dtype)
+        loaded = evaluation.open_checkpoint(settings.ckpt)
+        loaded.encoder.eval()
+        loaded.spectrum['frames'] = tune.frames or loaded.spectrum['frames']
+        for kind, scores in evaluation.probe_pretrained(loaded, how, process, autocast).items():
+            for probe, score in scores.items():
+                found.setdefault(f'{probe}, {kind}', []).append(score)
+    return found
+
+
+def cell(scores):
+    """'81.2 / 78.8 % (65 / 63 of 80)'"""
+    return (' / '.join(f'{100 * score["accuracy"]:.1f}' for score in scores) + ' % ('
+            + ' / '.join(str(score['right']) for score in scores) + f' of {scores[0]["clips"]})')
+
+
+def run(argv):
+    settings = configurator.configure(__file__, argv)
+    table = {}
+    with concurrent.futures.ThreadPoolExecutor(settings.jobs) as pool:
+        for arm in settings.arms.split(','):
+            for task in TASKS:
+                rows = probes(settings, task) if arm == 'probes' else {f'fine-tuned, {arm}': tuned(settings, task, arm, pool)}
+                for row, scores in rows.items():
+                    table.setdefault(row, {})[task] = scores
+    print('\n| | ' + ' | '.join(TASKS) + ' |\n|' + '---|' * (len(TASKS) + 1))
+    for row, cells in table.items():
+        print(f'| {row} | ' + ' | '.join(cell(cells[task]) for task in TASKS) + ' |')
+
+
+if __name__ == '__main__':
+    runtime.main(run)
