@@ -3,9 +3,10 @@
     model = authors.load_pretrained('asda_pretrained.pt', utterance_scale=192)
     classifier = authors.load_classifier('asda_as2m.pt')
 
-A fairseq checkpoint is a zip archive with a pickle that may name classes of packages that are not installed here, or code that
-would run. It is read by an unpickler that knows tensors and plain containers; everything else becomes an inert placeholder.
-The architecture follows from the shapes of the weights; only the number of heads and the input length come from the file's cfg.
+A fairseq checkpoint is a zip archive with a pickle that may name classes of packages that are not installed here, or
+code that would run. It is read by an unpickler that knows tensors and plain containers; everything else becomes an
+inert placeholder. The architecture follows from the shapes of the weights; only the number of heads and the input
+length come from the file's cfg.
 """
 import collections
 import dataclasses
@@ -44,20 +45,23 @@ POSITIONS = 'modality_encoders.IMAGE.fixed_positional_encoder.positions'
 AUTHORS = dict(diff_lambda=0.1, head_norm='all', attn_scale=0.95, pos_embed='2d')
 EAT = dict(diff_lambda=0.0, head_norm='none', attn_scale=1.0, pos_embed='2d')
 INPUT = {'window': 'hanning', 'mean': -4.268, 'std': 4.569}
-INPUT_BY_CLASSES = {50: {'window': 'hanning', 'mean': -6.627, 'std': 5.359}, 35: {'window': 'hanning', 'mean': -6.846, 'std': 5.565}}
+INPUT_BY_CLASSES = {50: {'window': 'hanning', 'mean': -6.627, 'std': 5.359},
+                    35: {'window': 'hanning', 'mean': -6.846, 'std': 5.565}}
 MAX_ELEMENTS = 1 << 31              # of all tensors together, 8 GiB in float32: no model of this family comes near
 
 
-# ----------------------------------------------------------------------------------------------------------------- reading
+# -------------------------------------------------------------------------------------------------------------- reading
 
-STORAGES = {'FloatStorage': torch.float32, 'HalfStorage': torch.float16, 'BFloat16Storage': torch.bfloat16, 'DoubleStorage': torch.float64,
-            'LongStorage': torch.int64, 'IntStorage': torch.int32, 'ShortStorage': torch.int16, 'CharStorage': torch.int8,
-            'ByteStorage': torch.uint8, 'BoolStorage': torch.bool}
+STORAGES = {'FloatStorage': torch.float32, 'HalfStorage': torch.float16, 'BFloat16Storage': torch.bfloat16,
+            'DoubleStorage': torch.float64, 'LongStorage': torch.int64, 'IntStorage': torch.int32,
+            'ShortStorage': torch.int16, 'CharStorage': torch.int8, 'ByteStorage': torch.uint8,
+            'BoolStorage': torch.bool}
 PLAIN = {'dict': dict, 'list': list, 'set': set, 'tuple': tuple, 'int': int, 'float': float, 'str': str, 'bool': bool}
 
 
 def read_fairseq(path):
-    """The dictionary of a fairseq checkpoint: tensors and plain values, placeholders for all else. Raises CheckpointError."""
+    """The dictionary of a fairseq checkpoint: tensors and plain values, placeholders for all else.
+    Raises CheckpointError."""
     try:
         with zipfile.ZipFile(path) as archive:
             pickled = [name for name in archive.namelist() if name.endswith('/data.pkl')]
@@ -69,9 +73,11 @@ def read_fairseq(path):
     except CheckpointError:
         raise
     except zipfile.BadZipFile:
-        raise CheckpointError(f'{path} is not a checkpoint, or one of PyTorch before 1.6: load and save it again with a newer one') from None
-    except Exception as error:              # a hostile pickle can fail in any way at all; whatever it is, the file is not readable
-        raise CheckpointError(f'{path} cannot be read as a checkpoint ({type(error).__name__}: {str(error)[:100]})') from None
+        raise CheckpointError(f'{path} is not a checkpoint, or one of PyTorch before 1.6: '
+                              'load and save it again with a newer one') from None
+    except Exception as error:  # a hostile pickle can fail in any way at all; whatever it is, the file is not readable
+        raise CheckpointError(f'{path} cannot be read as a checkpoint ({type(error).__name__}: '
+                              f'{str(error)[:100]})') from None
 
 
 class CheckpointUnpickler(pickle.Unpickler):
@@ -110,7 +116,8 @@ class CheckpointUnpickler(pickle.Unpickler):
             if self.elements > 4 * MAX_ELEMENTS:
                 raise ValueError('its tensors are larger than 8 GiB')
             content = bytearray(self.archive.read(info))
-            self.storages[key] = torch.frombuffer(content, dtype=storage_type.dtype) if content else torch.empty(0, dtype=storage_type.dtype)
+            self.storages[key] = (torch.frombuffer(content, dtype=storage_type.dtype) if content
+                                  else torch.empty(0, dtype=storage_type.dtype))
         return self.storages[key]
 
     def rebuild_tensor(self, storage, offset, size, stride):
@@ -153,13 +160,13 @@ def dig(thing, *path):
     """thing[path[0]][path[1]]..., through dictionaries and the states of placeholders; None where it ends."""
     for key in path:
         state = getattr(thing, 'state', thing)
-        state = state.get('_content', state) if isinstance(state, dict) else state      # omegaconf keeps its values there
+        state = state.get('_content', state) if isinstance(state, dict) else state  # omegaconf keeps its values there
         thing = state.get(key) if isinstance(state, dict) else None
     value = getattr(thing, 'state', thing)
     return value.get('_val', value) if isinstance(value, dict) else value
 
 
-# --------------------------------------------------------------------------------------------------------------- converting
+# ----------------------------------------------------------------------------------------------------------- converting
 
 def load_pretrained(path, **overrides):
     """The authors' pre-training checkpoint (or EAT's, SSLAM's) as our ASDA, teacher and decoder included.
@@ -174,7 +181,8 @@ def load_pretrained(path, **overrides):
         raise CheckpointError(f'{path} has no teacher (_ema): it is not a pre-training checkpoint')
     config = config_from(weights, cfg, path, overrides)
     state = {}
-    for part, names, source in (('encoder', ENCODER_NAMES, weights), ('decoder', DECODER_NAMES, weights), ('teacher', ENCODER_NAMES, teacher)):
+    for part, names, source in (('encoder', ENCODER_NAMES, weights), ('decoder', DECODER_NAMES, weights),
+                                ('teacher', ENCODER_NAMES, teacher)):
         state.update({f'{part}.{name}': tensor for name, tensor in renamed(source, names, config, path).items()})
     model = ASDA(config)
     load_weights(model, state, path)
@@ -184,9 +192,11 @@ def load_pretrained(path, **overrides):
 def load_classifier(path, **overrides):
     """The authors' fine-tuned checkpoint (or EAT's, SSLAM's) as our Classifier. Raises CheckpointError."""
     weights, cfg = model_and_cfg(path)
-    head = {name: weights.pop(name) for name in ('fc_norm.weight', 'fc_norm.bias', 'head.weight', 'head.bias') if name in weights}
+    head = {name: weights.pop(name)
+            for name in ('fc_norm.weight', 'fc_norm.bias', 'head.weight', 'head.bias') if name in weights}
     if len(head) != 4 or not isinstance(head['head.weight'], torch.Tensor) or head['head.weight'].ndim != 2:
-        raise CheckpointError(f'{path} has no classification head (head.*, fc_norm.*): it is not a fine-tuned checkpoint')
+        raise CheckpointError(f'{path} has no classification head (head.*, fc_norm.*): '
+                              'it is not a fine-tuned checkpoint')
     weights = {name.removeprefix('model.'): tensor for name, tensor in weights.items() if name.startswith('model.')}
     weights.pop('_ema', None)
     config = config_from(weights, cfg, path, overrides)
@@ -214,22 +224,25 @@ def model_and_cfg(path):
 
 
 def config_from(weights, cfg, path, overrides):
-    """ASDAConfig from the shapes of the weights, heads and input length from cfg, the rest from the authors' literals."""
+    """ASDAConfig from the shapes of the weights, heads and input length from cfg,
+    the rest from the authors' literals."""
     try:
         blocks = 1 + max(int(name.split('.')[1]) for name in weights if name.startswith('blocks.'))
         D = weights['modality_encoders.IMAGE.extra_tokens'].shape[-1]
         hidden = len(weights['blocks.0.mlp.fc1.weight'])
         patch = weights['modality_encoders.IMAGE.local_encoder.proj.weight'].shape[-1]
-        convs = [tensor for name, tensor in weights.items() if name.startswith('modality_encoders.IMAGE.decoder.blocks.') and name.endswith('.weight')]
+        convs = [tensor for name, tensor in weights.items()
+                 if name.startswith('modality_encoders.IMAGE.decoder.blocks.') and name.endswith('.weight')]
         single = 'blocks.0.attn.qkv.weight' in weights
         groups = D // convs[0].shape[1] if convs else 16
     except (KeyError, ValueError, AttributeError, IndexError, ZeroDivisionError):
-        raise CheckpointError(f'{path} is not a checkpoint of ASDA, EAT or SSLAM: their weights are not in it') from None
+        raise CheckpointError(f'{path} is not a checkpoint of ASDA, EAT or SSLAM: '
+                              'their weights are not in it') from None
     frames = dig(cfg, 'task', 'target_length') or dig(cfg, 'model', 'modalities', 'image', 'target_length')
     heads = dig(cfg, 'model', 'num_heads')
-    fields = dict(n_layer=blocks, n_embd=D, ffn_ratio=hidden / D, patch_size=patch, decoder_layers=len(convs), decoder_groups=groups,
-                  n_head=heads if type(heads) is int and heads > 0 else 12, frames=frames if type(frames) is int and frames > 0 else 1024,
-                  **(EAT if single else AUTHORS))
+    fields = dict(n_layer=blocks, n_embd=D, ffn_ratio=hidden / D, patch_size=patch, decoder_layers=len(convs),
+                  decoder_groups=groups, n_head=heads if type(heads) is int and heads > 0 else 12,
+                  frames=frames if type(frames) is int and frames > 0 else 1024, **(EAT if single else AUTHORS))
     try:
         config = ASDAConfig(**{**fields, **overrides})
     except (TypeError, ValueError) as error:
@@ -239,7 +252,8 @@ def config_from(weights, cfg, path, overrides):
         ours = position_table(config)
         rows = min(stored.shape[1], len(ours))
         if stored.shape[2] != D or not torch.allclose(stored[0, :rows].float(), ours[:rows], atol=1e-3):
-            raise CheckpointError(f'{path}: its positions are not the fixed {config.pos_embed} sine-cosine ones of this code')
+            raise CheckpointError(f'{path}: its positions are not the fixed {config.pos_embed} sine-cosine ones '
+                                  'of this code')
     return config
 
 
@@ -251,11 +265,14 @@ def renamed(weights, names, config, path):
         for N in range(max(config.n_layer, config.decoder_layers)) if '{N}' in ours else [0]:
             for p in ('weight', 'bias') if '{p}' in ours else ['']:
                 table[theirs.format(N=N, p=p)] = ours.format(N=N, p=p)
-    ignored = tuple('modality_encoders.IMAGE.decoder.' if names is ENCODER_NAMES else prefix for prefix in ('modality_encoders.', 'blocks.'))
-    unknown = [name for name in weights if name not in table and name not in (POSITIONS, '_ema') and not name.startswith(ignored)]
+    ignored = tuple('modality_encoders.IMAGE.decoder.' if names is ENCODER_NAMES else prefix
+                    for prefix in ('modality_encoders.', 'blocks.'))
+    unknown = [name for name in weights
+               if name not in table and name not in (POSITIONS, '_ema') and not name.startswith(ignored)]
     if unknown:
         raise CheckpointError(f'{path}: unexpected weight {unknown[0]}')
-    return {table[name]: tensor.float() if isinstance(tensor, torch.Tensor) else tensor for name, tensor in weights.items() if name in table}
+    return {table[name]: tensor.float() if isinstance(tensor, torch.Tensor) else tensor
+            for name, tensor in weights.items() if name in table}
 
 
 def split_qkv(weights):

@@ -2,10 +2,10 @@
 
     python pretrain.py config/demo.py --diff_lambda=0.1 --max_steps 500 --resume
 
-A script's settings are the assignments of a plain value (number, string, bool, None) to a lower-case name at the
-top of its file, with a comment each; a dataclass (the model's configuration) can lend its fields too. An override file is
-ordinary Python and is executed: it is code, trusted as such. It sees the settings by name, so that it can compute one from
-others, and every lower-case name that it leaves behind must be a setting. The command line comes last and wins.
+A script's settings are the assignments of a plain value (number, string, bool, None) to a lower-case name at the top of
+its file, with a comment each; a dataclass (the model's configuration) can lend its fields too. An override file is
+ordinary Python and is executed: it is code, trusted as such. It sees the settings by name, so that it can compute one
+from others, and every lower-case name that it leaves behind must be a setting. The command line comes last and wins.
 
 This file must not know what any setting means.
 """

@@ -1,8 +1,9 @@
 """Audio: log-mel spectrograms of whole batches, block masks, packed clips in their order, augmentation.
 
 Sound travels as int16 PCM from packed clips (written by prepare.py) to the device, and becomes a normalised log-mel
-spectrogram there, a batch at a time. Every random choice is a function of (seed, stream, step, place in the global batch), so
-that it depends neither on the number of processes or workers nor on accumulation, and a resumed run goes on exactly.
+spectrogram there, a batch at a time. Every random choice is a function of (seed, stream, step, place in the global
+batch), so that it depends neither on the number of processes or workers nor on accumulation, and a resumed run goes on
+exactly.
 
 This file must not know networks, checkpoints or command lines.
 """
@@ -31,7 +32,7 @@ class DataError(Exception):
     """Data that is missing or wrong: the message is one line that names the file and says what to do."""
 
 
-# -------------------------------------------------------------------------------------------------------------- randomness
+# ----------------------------------------------------------------------------------------------------------- randomness
 
 STREAMS = ('order', 'crop', 'mask', 'noise', 'augment', 'mixup', 'few_labels')
 
@@ -47,7 +48,7 @@ def torch_random(device, seed, stream, *where):
     return torch.Generator(device).manual_seed(state)
 
 
-# ------------------------------------------------------------------------------------------------------------ spectrograms
+# --------------------------------------------------------------------------------------------------------- spectrograms
 
 def frames_in(samples):
     """Frames of a clip of that many samples (kaldi's snip_edges); works on numbers and tensors."""
@@ -70,8 +71,8 @@ def window_and_banks(window, device):
 def fbank(wave, lengths, window='hamming'):
     """Kaldi's log-mel filterbank of a batch, equal to torchaudio.compliance.kaldi.fbank clip by clip.
 
-    wave (B, samples) float32 in [-1, 1], zero behind each clip's end; lengths (B,) its real samples; window 'hamming' or
-    'hanning'. -> (B, frames, 128): natural logarithm of the mel energies, 0 in the frames behind a clip's last.
+    wave (B, samples) float32 in [-1, 1], zero behind each clip's end; lengths (B,) its real samples; window 'hamming'
+    or 'hanning'. -> (B, frames, 128): natural logarithm of the mel energies, 0 in the frames behind a clip's last.
     """
     weights, banks = window_and_banks(window, wave.device)
     # On a CPU one clip at a time: its frames then stay in the cache, which is four times faster than the whole batch.
@@ -94,8 +95,8 @@ def log_energies(wave, window, banks):
 def log_mel(pcm, lengths, frames, window, mean, std, gain=None, repeat=False):
     """Int16 PCM to the network's input: scale, remove the clip's mean, fbank, pad with 0 or cut, normalise.
 
-    pcm (B, samples) int16, lengths (B,) real samples, gain (B,) factors or None; repeat: a clip that is shorter than its row
-    starts again at its end instead of being padded. -> (B, frames, 128) float32, (x - mean) / (2 std)
+    pcm (B, samples) int16, lengths (B,) real samples, gain (B,) factors or None; repeat: a clip that is shorter than
+    its row starts again at its end instead of being padded. -> (B, frames, 128) float32, (x - mean) / (2 std)
     """
     wave = pcm.float() / 32768
     real = torch.arange(wave.shape[1], device=wave.device) < lengths[:, None]
@@ -112,14 +113,14 @@ def log_mel(pcm, lengths, frames, window, mean, std, gain=None, repeat=False):
     return (x - mean) / (2 * std)
 
 
-# ------------------------------------------------------------------------------------------------------------------- masks
+# ---------------------------------------------------------------------------------------------------------------- masks
 
 def block_masks(batch, n_students, grid, mask_ratio, block, generator, adjust=0.07):
     """Inverse block masks with an exact count (data2vec 2.0): blocks of patches are KEPT, the rest is masked.
 
     grid (rows, columns) of patches; block: side of a block; adjust: extra share of blocks, since blocks overlap;
-    generator: torch.Generator, whose device the masks are on. -> (batch, n_students, rows * columns) bool, True = masked;
-    int(P * (1 - mask_ratio)) are False in every view.
+    generator: torch.Generator, whose device the masks are on. -> (batch, n_students, rows * columns) bool,
+    True = masked; int(P * (1 - mask_ratio)) are False in every view.
     """
     rows, columns = grid
     patches, views, device = rows * columns, batch * n_students, generator.device
@@ -127,10 +128,12 @@ def block_masks(batch, n_students, grid, mask_ratio, block, generator, adjust=0.
     n_blocks = int(patches * (1 - mask_ratio + adjust) / block ** 2)
     centre = torch.randint(patches, (views, n_blocks), generator=generator, device=device)
     offset = torch.arange(block, device=device) - block // 2
-    row = (centre[:, :, None] // columns + offset).clamp(0, rows - 1)       # (V, blocks, block); the border takes what lies
-    column = (centre[:, :, None] % columns + offset).clamp(0, columns - 1)  # beyond it, so that edge blocks are truncated
+    # (V, blocks, block); the border takes what lies beyond it, so that edge blocks are truncated
+    row = (centre[:, :, None] // columns + offset).clamp(0, rows - 1)
+    column = (centre[:, :, None] % columns + offset).clamp(0, columns - 1)
     cells = row[:, :, :, None] * columns + column[:, :, None, :]            # (V, blocks, block, block)
-    # Blocks score 1, all places a random part in [0, 1): the n_keep highest are the blocks, thinned or filled up at random.
+    # Blocks score 1, all places a random part in [0, 1):
+    # the n_keep highest are the blocks, thinned or filled up at random.
     score = torch.zeros(views, patches, device=device).scatter_(1, cells.flatten(1), 1.0)
     score += torch.rand(views, patches, generator=generator, device=device)
     keep = score.topk(n_keep, dim=1, sorted=False).indices
@@ -138,7 +141,7 @@ def block_masks(batch, n_students, grid, mask_ratio, block, generator, adjust=0.
     return mask.view(batch, n_students, patches)
 
 
-# ------------------------------------------------------------------------------------------------------------ packed clips
+# --------------------------------------------------------------------------------------------------------- packed clips
 
 class Clips:
     """Chosen clips of one or more prepared sets: index arrays in memory, PCM in memory-mapped shards.
@@ -227,7 +230,8 @@ def open_clips(names, data_dir='data', splits=('train',), leave_out=(), only_fol
         meta = read_meta(folder)
         out_folds = folds_left_out(name, meta, names, leave_out)
         if only_fold is not None and only_fold not in meta['folds']:
-            raise DataError(f'fold {only_fold!r} is not in {folder}: its folds are {", ".join(meta["folds"]) or "none"}')
+            raise DataError(f'fold {only_fold!r} is not in {folder}: its folds are '
+                            f'{", ".join(meta["folds"]) or "none"}')
         for split in splits:
             for row_count, base, index in read_shards(folder, split, meta):
                 folds = np.array(meta['folds'] + [''])[index['fold']] if row_count else np.array([], dtype=str)
@@ -238,7 +242,7 @@ def open_clips(names, data_dir='data', splits=('train',), leave_out=(), only_fol
                 parts.append({key: array[chosen] for key, array in index.items()})
                 shards.append(base)
         metas.append(meta)
-    if len(metas) > 1:                                                      # classes of different sets have no common order
+    if len(metas) > 1:                                                  # classes of different sets have no common order
         parts = [{**part, 'label': np.full(len(part['offset']), -1, np.int32)} for part in parts]
     arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]} if parts else {}
     if not parts or not len(arrays['offset']):
@@ -282,7 +286,8 @@ def read_meta(folder):
 
 
 def read_shards(folder, split, meta):
-    """Yield (clips, path without suffix, {array name: array}) of every shard of a split, checked against its PCM file."""
+    """Yield (clips, path without suffix, {array name: array}) of every shard of a split,
+    checked against its PCM file."""
     pattern = re.compile(re.escape(split) + r'-\d{5}\.npz')
     for file in sorted(f for f in os.listdir(folder) if pattern.fullmatch(f)):
         base = os.path.join(folder, file[:-4])
@@ -298,8 +303,10 @@ def read_shards(folder, split, meta):
                 (index['offset'] < 0).any() or (index['length'] < WINDOW_SAMPLES).any()
                 or (index['offset'] + index['length'] > size).any()
                 or (index['fold'] < -1).any() or (index['fold'] >= len(meta['folds'])).any()
-                or not meta['multi_label'] and ((index['label'] < -1) | (index['label'] >= len(meta['classes']))).any()):
-            raise DataError(f'the shard {base} does not fit its .pcm file or meta.json: delete it and prepare the set again')
+                or not meta['multi_label']
+                and ((index['label'] < -1) | (index['label'] >= len(meta['classes']))).any()):
+            raise DataError(f'the shard {base} does not fit its .pcm file or meta.json: '
+                            'delete it and prepare the set again')
         yield clips, base, index
 
 
@@ -321,7 +328,8 @@ def few_labels(clips, per_class, seed):
     for label in range(len(clips.classes)):
         of_class = np.flatnonzero(clips.label == label)
         if len(of_class) < per_class:
-            raise DataError(f'labels_per_class = {per_class}, but class {clips.classes[label]!r} has {len(of_class)} clips')
+            raise DataError(f'labels_per_class = {per_class}, but class {clips.classes[label]!r} has {len(of_class)} '
+                            'clips')
         chosen.append(of_class[np.argsort(draws[of_class], kind='stable')[:per_class]])
     return clips.select(np.sort(np.concatenate(chosen)))
 
@@ -329,8 +337,9 @@ def few_labels(clips, per_class, seed):
 def task_splits(name, data_dir='data', fold='', labels_per_class=0, seed=1, validation_part=0.1):
     """(train, valid, test) clips of a labelled set. Raises DataError.
 
-    fold: test on all clips of that fold and train without it; '': test on the set's test (or eval) split. The validation part
-    is the set's own, or carved from the training split by a stable hash. labels_per_class: so many training clips of each class.
+    fold: test on all clips of that fold and train without it; '': test on the set's test (or eval) split. The
+    validation part is the set's own, or carved from the training split by a stable hash. labels_per_class: so many
+    training clips of each class.
     """
     meta = read_meta(os.path.join(data_dir, name))
     if not meta['classes']:
@@ -342,7 +351,8 @@ def task_splits(name, data_dir='data', fold='', labels_per_class=0, seed=1, vali
     else:
         test_splits = [split for split in splits if split in ('test', 'eval')]
         if not test_splits:
-            raise DataError(f'{name} has no test split: name a fold to test on, --fold={meta["folds"][0] if meta["folds"] else "?"}')
+            raise DataError(f'{name} has no test split: name a fold to test on, '
+                            f'--fold={meta["folds"][0] if meta["folds"] else "?"}')
         test, leave_out = open_clips([name], data_dir, test_splits), []
     train = open_clips([name], data_dir, ['train'], leave_out)
     if 'valid' in splits:
@@ -356,7 +366,7 @@ def task_splits(name, data_dir='data', fold='', labels_per_class=0, seed=1, vali
     return train, valid, test
 
 
-# ----------------------------------------------------------------------------------------------------------------- batches
+# -------------------------------------------------------------------------------------------------------------- batches
 
 class Order:
     """The endless order of training clips: a fresh permutation of all of them per epoch, by seed and epoch alone."""
@@ -387,7 +397,8 @@ class PretrainBatches(torch.utils.data.Dataset):
     """
 
     def __init__(self, clips, frames, batch_size, places, seed, join=False):
-        self.clips, self.samples, self.batch_size, self.places, self.seed = clips, samples_for(frames), batch_size, places, seed
+        self.clips, self.samples, self.batch_size, self.places, self.seed = (
+            clips, samples_for(frames), batch_size, places, seed)
         self.join, self.order = join, Order(len(clips), seed)
 
     def __getitem__(self, step):
@@ -396,7 +407,8 @@ class PretrainBatches(torch.utils.data.Dataset):
             generator = random(self.seed, 'crop', step, place)
             wave = self.crop(self.order.at(step * self.batch_size + place), self.samples, generator)
             while self.join and len(wave) < self.samples:
-                wave = np.append(wave, self.crop(generator.integers(len(self.clips)), self.samples - len(wave), generator))
+                wave = np.append(wave, self.crop(generator.integers(len(self.clips)), self.samples - len(wave),
+                                                 generator))
             waves.append(wave)
         return stack(waves, self.samples)
 
@@ -419,8 +431,8 @@ def mirrored_places(batch_size, part, parts):
 class FinetuneBatches(torch.utils.data.Dataset):
     """Item k: this process's labelled clips of step k with every number that their augmentation draws."""
 
-    def __init__(self, clips, frames, batch_size, places, seed, n_layer, roll=False, noise=False, mask_ratio=0.0, mixup=0.0,
-                 mixup_probability=0.9):
+    def __init__(self, clips, frames, batch_size, places, seed, n_layer, roll=False, noise=False, mask_ratio=0.0,
+                 mixup=0.0, mixup_probability=0.9):
         self.__dict__.update({name: value for name, value in locals().items() if name != 'self'})
         self.samples = samples_for(frames)
         self.order = Order(len(clips), seed)
@@ -431,7 +443,7 @@ class FinetuneBatches(torch.utils.data.Dataset):
         for place in self.places:
             generator = random(self.seed, 'augment', step, place)
             wave = self.clips.read(chosen[place], count=None if self.roll else self.samples)
-            if self.roll:                                                   # circular, over the whole clip, before the cut
+            if self.roll:                                               # circular, over the whole clip, before the cut
                 wave = np.roll(wave, generator.integers(len(wave)))[:self.samples]
             waves.append(wave)
             draws.append(self.draw(generator))
@@ -439,7 +451,7 @@ class FinetuneBatches(torch.utils.data.Dataset):
         batch = stack(waves, self.samples)
         batch.update({name: torch.as_tensor(np.array([draw[name] for draw in draws])) for name in draws[0]})
         batch['labels'] = torch.from_numpy(labels[self.places])
-        batch['label_sum'] = torch.tensor(labels.sum())                     # mixing with the reversed batch keeps this sum
+        batch['label_sum'] = torch.tensor(labels.sum())                 # mixing with the reversed batch keeps this sum
         mix = random(self.seed, 'mixup', step)
         mixes = self.mixup > 0 and mix.random() < self.mixup_probability
         batch['mix'] = torch.tensor(mix.beta(self.mixup, self.mixup) if mixes else 1.0, dtype=torch.float32)
@@ -461,7 +473,8 @@ class FinetuneBatches(torch.utils.data.Dataset):
 def augment(x, batch):
     """Noise and shift, mixup with the reversed batch, one frequency and one time mask, in this order, on spectrograms.
 
-    x (B, frames, 128) normalised; batch: an item of FinetuneBatches on x's device -> x alike, labels (B, classes) mixed alike.
+    x (B, frames, 128) normalised; batch: an item of FinetuneBatches on x's device
+    -> x alike, labels (B, classes) mixed alike.
     """
     B, frames, bands = x.shape
     if (batch['noise'] > 0).any():
@@ -496,7 +509,8 @@ class OrderedBatches(torch.utils.data.Dataset):
 def loader(batches, items, workers=0, pin=False):
     """Iterate over these items (a range) of a batch dataset, ahead of time in worker processes if there are any."""
     return torch.utils.data.DataLoader(batches, batch_size=None, sampler=items, num_workers=workers, pin_memory=pin,
-                                       prefetch_factor=4 if workers else None, worker_init_fn=quiet_worker if workers else None)
+                                       prefetch_factor=4 if workers else None,
+                                       worker_init_fn=quiet_worker if workers else None)
 
 
 def quiet_worker(worker):

@@ -1,12 +1,12 @@
 """Stage 3: what a checkpoint knows. Reads ours, and the authors', EAT's and SSLAM's.
 
-    python eval.py --ckpt=out/ft/best.pt                            # fine-tuned: metrics on its test split, per-class CSV
-    python eval.py --ckpt=out/demo/ckpt.pt --dataset=demo           # pre-trained: kNN and linear probe, beside log-mel's
-    python eval.py --ckpt=out/ft/best.pt --wav=a.wav,b.flac         # fine-tuned: the top classes of files
+    python eval.py --ckpt=out/ft/best.pt                        # fine-tuned: metrics on its test split, per-class CSV
+    python eval.py --ckpt=out/demo/ckpt.pt --dataset=demo       # pre-trained: kNN and linear probe, beside log-mel's
+    python eval.py --ckpt=out/ft/best.pt --wav=a.wav,b.flac     # fine-tuned: the top classes of files
     python eval.py --ckpt=out/demo/ckpt.pt --dataset=demo --embed=out.npz      # embeddings of a set, or of --wav files
 
-Settings are the names below. Statistics of the log-mel values are those of the training part of the set at hand; for single
-files, the checkpoint's.
+Settings are the names below. Statistics of the log-mel values are those of the training part of the set at hand; for
+single files, the checkpoint's.
 """
 import csv
 import dataclasses
@@ -49,7 +49,7 @@ PROBE_L2 = tuple(10.0 ** k for k in range(-5, 2))       # strengths that the lin
 MAX_EMBEDDING_BYTES = 8 << 30
 
 
-# ------------------------------------------------------------------------------------------------------------- checkpoints
+# ---------------------------------------------------------------------------------------------------------- checkpoints
 
 @dataclass
 class Loaded:
@@ -68,7 +68,8 @@ def open_checkpoint(path):
     if not path:
         raise configurator.ConfigError('name a checkpoint: --ckpt=PATH')
     if os.path.isdir(path):
-        raise runtime.CheckpointError(f'{path} is a folder; name a checkpoint in it, say {os.path.join(path, "ckpt.pt")}')
+        raise runtime.CheckpointError(f'{path} is a folder; name a checkpoint in it, '
+                                      f'say {os.path.join(path, "ckpt.pt")}')
     try:
         return open_ours(path, runtime.load_checkpoint(path))
     except runtime.CheckpointError as error:
@@ -82,30 +83,37 @@ def open_checkpoint(path):
 def open_ours(path, state):
     try:
         config = ASDAConfig(**state['config'])
-        spectrum = {'frames': config.frames, **{name: state['input'][name] for name in ('window', 'mean', 'std', 'repeat')}}
+        spectrum = {'frames': config.frames,
+                    **{name: state['input'][name] for name in ('window', 'mean', 'std', 'repeat')}}
         is_classifier = 'head.weight' in state['model']
         classes, multi_label = (list(state['classes']), bool(state['multi_label'])) if is_classifier else (None, None)
-        if spectrum['window'] not in data.WINDOWS or not isinstance(spectrum['mean'], float) or not isinstance(spectrum['std'], float):
+        if (spectrum['window'] not in data.WINDOWS
+                or not isinstance(spectrum['mean'], float) or not isinstance(spectrum['std'], float)):
             raise ValueError(f'input {spectrum}')
         model = Classifier(config, len(classes)) if is_classifier else ASDA(config)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise runtime.CheckpointError(f'{path} is a damaged checkpoint ({type(error).__name__}: {error})') from None
     runtime.load_weights(model, state['model'], path)
-    return Loaded(model.encoder, model if is_classifier else None, config, spectrum, classes, multi_label, state['settings'])
+    return Loaded(model.encoder, model if is_classifier else None, config, spectrum, classes, multi_label,
+                  state['settings'])
 
 
 def open_theirs(path, is_classifier):
-    """Their files name no statistics and no classes: AudioSet's statistics, unless the number of classes says otherwise."""
+    """Their files name no statistics and no classes: AudioSet's statistics,
+    unless the number of classes says otherwise."""
     if not is_classifier:
         model = authors.load_pretrained(path)
-        return Loaded(model.encoder, None, model.config, {'frames': model.config.frames, 'repeat': False, **authors.INPUT}, None, None, {})
+        return Loaded(model.encoder, None, model.config,
+                      {'frames': model.config.frames, 'repeat': False, **authors.INPUT}, None, None, {})
     model = authors.load_classifier(path)
     n_classes = model.head.out_features
-    spectrum = {'frames': model.config.frames, 'repeat': False, **authors.INPUT_BY_CLASSES.get(n_classes, authors.INPUT)}
-    return Loaded(model.encoder, model, model.config, spectrum, [f'class {i}' for i in range(n_classes)], n_classes == 527, {})
+    spectrum = {'frames': model.config.frames, 'repeat': False,
+                **authors.INPUT_BY_CLASSES.get(n_classes, authors.INPUT)}
+    return Loaded(model.encoder, model, model.config, spectrum, [f'class {i}' for i in range(n_classes)],
+                  n_classes == 527, {})
 
 
-# ------------------------------------------------------------------------------------------------- running over many clips
+# ---------------------------------------------------------------------------------------------- running over many clips
 
 def over_clips(function, clips, spectrum, process, autocast, batch_size=64, workers=0, title=''):
     """[arrays of all clips, ...] from function(spec, lengths) -> tuple of tensors with a row per clip.
@@ -116,7 +124,8 @@ def over_clips(function, clips, spectrum, process, autocast, batch_size=64, work
     mine = range(process.rank, len(batches), process.world)
     found = []
     hidden = not title or not process.is_main
-    for batch in tqdm(data.loader(batches, mine, workers), desc=title, total=len(mine), leave=False, disable=hidden or None):
+    for batch in tqdm(data.loader(batches, mine, workers), desc=title, total=len(mine), leave=False,
+                      disable=hidden or None):
         pcm, lengths = batch['pcm'].to(process.device), batch['lengths'].to(process.device)
         spec = data.log_mel(pcm, lengths, **spectrum)
         lengths = torch.full_like(lengths, pcm.shape[1]) if spectrum['repeat'] else lengths
@@ -144,7 +153,8 @@ def patches_with_sound(lengths, n_patches, config):
 
 
 def log_mel_statistics(clips, spectrum, process, **how):
-    """The baseline that embarrasses weak encoders: mean and standard deviation of every mel band over a clip's real frames (N, 256)."""
+    """The baseline that embarrasses weak encoders:
+    mean and standard deviation of every mel band over a clip's real frames (N, 256)."""
     def statistics(spec, lengths):
         count = data.frames_in(lengths).clamp(max=spec.shape[1])[:, None]
         real = (torch.arange(spec.shape[1], device=spec.device) < count).float()[:, :, None]
@@ -160,10 +170,11 @@ def predict(classifier, clips, spectrum, process, autocast, **how):
     return over_clips(lambda spec, _: (classifier(spec),), clips, spectrum, process, autocast, **how)[0]
 
 
-# ----------------------------------------------------------------------------------------------------------------- metrics
+# -------------------------------------------------------------------------------------------------------------- metrics
 
 def average_precision(is_positive, scores):
-    """Area under the precision-recall steps, ties taken together (scikit-learn's average_precision_score). (N,), (N,) -> float"""
+    """Area under the precision-recall steps, ties taken together (scikit-learn's average_precision_score). (N,), (N,)
+    -> float"""
     order = np.argsort(-scores, kind='stable')
     hits = np.cumsum(is_positive[order])
     last_of_tie = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)
@@ -177,8 +188,9 @@ def metrics(logits, targets, multi_label):
     if multi_label:
         rows = [(int(positive.sum()), average_precision(positive, scores) if positive.any() else None)
                 for positive, scores in zip(targets.T, logits.T)]
-        found = [score for _, score in rows if score is not None]           # a class without a positive has no precision
-        return {'mAP': float(np.mean(found)) if found else float('nan'), 'classes': len(found), 'clips': len(logits)}, rows
+        found = [score for _, score in rows if score is not None]       # a class without a positive has no precision
+        return {'mAP': float(np.mean(found)) if found else float('nan'), 'classes': len(found),
+                'clips': len(logits)}, rows
     labels, guesses = targets.argmax(axis=1), logits.argmax(axis=1)
     rows = [(int((labels == c).sum()), float((guesses[labels == c] == c).mean()) if (labels == c).any() else None)
             for c in range(targets.shape[1])]
@@ -207,7 +219,8 @@ def knn_accuracy(train, train_labels, test, test_labels, k=10):
 
 
 def effective_rank(features):
-    """exp of the entropy of the normalised singular values of centred features: D if all directions are used alike, 1 if collapsed."""
+    """exp of the entropy of the normalised singular values of centred features: D if all directions are used alike,
+    1 if collapsed."""
     values = np.linalg.svd(features - features.mean(axis=0), compute_uv=False)
     share = values / max(values.sum(), 1e-12)
     return float(np.exp(-(share * np.log(share + 1e-12)).sum()))
@@ -216,13 +229,14 @@ def effective_rank(features):
 def linear_probe(train, valid, test, multi_label):
     """Logistic regression on features standardised by the training part, its L2 strength chosen on the validation part.
 
-    train, valid: (features (N, d), targets (N, classes)); test: features -> logits (N, classes) of test, chosen strength
+    train, valid: (features (N, d), targets (N, classes)); test: features
+    -> logits (N, classes) of test, chosen strength
     """
     mean, std = train[0].mean(axis=0), train[0].std(axis=0) + 1e-6
     x, v, t = (torch.from_numpy((part - mean) / std).double() for part in (train[0], valid[0], test))
     targets, best = torch.from_numpy(train[1]).double(), None
     weight = torch.zeros(x.shape[1] + 1, targets.shape[1], dtype=torch.float64)
-    for strength in reversed(PROBE_L2):                                     # from the strongest: each starts where the last ended
+    for strength in reversed(PROBE_L2):                         # from the strongest: each starts where the last ended
         weight = fit_logistic(x, targets, strength, multi_label, weight)
         scores, _ = metrics((v @ weight[1:] + weight[0]).numpy(), valid[1], multi_label)
         score = scores['mAP' if multi_label else 'accuracy']
@@ -234,7 +248,8 @@ def linear_probe(train, valid, test, multi_label):
 def fit_logistic(x, targets, strength, multi_label, start):
     """Minimise mean loss + strength / 2 |W|^2 (bias free) by L-BFGS, in float64. -> (1 + d, classes), bias first"""
     weight = start.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([weight], max_iter=300, tolerance_grad=1e-6, tolerance_change=1e-10, line_search_fn='strong_wolfe')
+    optimizer = torch.optim.LBFGS([weight], max_iter=300, tolerance_grad=1e-6, tolerance_change=1e-10,
+                                  line_search_fn='strong_wolfe')
 
     def closure():
         optimizer.zero_grad()
@@ -250,18 +265,19 @@ def fit_logistic(x, targets, strength, multi_label, start):
     return weight.detach()
 
 
-# ------------------------------------------------------------------------------------------------------------------- modes
+# ---------------------------------------------------------------------------------------------------------------- modes
 
 def evaluate_classifier(loaded, settings, process, autocast):
     """A fine-tuned checkpoint on its test split."""
     tuned = loaded.settings
     name = settings.dataset or tuned.get('dataset', '')
     if not name:
-        raise configurator.ConfigError('this checkpoint does not say what it was tuned on: name a prepared set, --dataset=NAME')
+        raise configurator.ConfigError('this checkpoint does not say what it was tuned on: name a prepared set, '
+                                       '--dataset=NAME')
     test = data.task_splits(name, settings.data_dir, settings.fold or tuned.get('fold', ''))[2]
     if len(test.classes) != len(loaded.classes) or loaded.settings and test.classes != loaded.classes:
-        raise configurator.ConfigError(f'{settings.ckpt} knows {len(loaded.classes)} classes ({loaded.classes[0]}, ...), {name} has '
-                                       f'{len(test.classes)} ({test.classes[0]}, ...)')
+        raise configurator.ConfigError(f'{settings.ckpt} knows {len(loaded.classes)} classes ({loaded.classes[0]}, '
+                                       f'...), {name} has {len(test.classes)} ({test.classes[0]}, ...)')
     logits = predict(loaded.classifier, test, loaded.spectrum, process, autocast, batch_size=settings.batch_size,
                      workers=settings.workers, title='evaluating')
     scores, rows = metrics(logits, test.targets(np.arange(len(test))), test.multi_label)
@@ -270,23 +286,27 @@ def evaluate_classifier(loaded, settings, process, autocast):
         with runtime.replacing(path) as f:
             writer = csv.writer(f, lineterminator='\n')
             writer.writerow(['class', 'clips', 'average_precision' if test.multi_label else 'accuracy'])
-            writer.writerows([label, count, '' if score is None else f'{score:.6f}'] for label, (count, score) in zip(test.classes, rows))
+            writer.writerows([label, count, '' if score is None else f'{score:.6f}']
+                             for label, (count, score) in zip(test.classes, rows))
     process.print(f'{settings.ckpt} on {name}: {describe(scores)}; per class: {path}')
     return scores
 
 
 def probe_pretrained(loaded, settings, process, autocast):
-    """kNN and linear probe of the frozen encoder, and of log-mel statistics, on the same split. -> {features: {probe: scores}}"""
+    """kNN and linear probe of the frozen encoder, and of log-mel statistics, on the same split.
+    -> {features: {probe: scores}}"""
     if not settings.dataset:
-        raise configurator.ConfigError('a pre-trained checkpoint is probed on a labelled set: --dataset=NAME (or use --embed)')
-    parts = data.task_splits(settings.dataset, settings.data_dir, settings.fold, settings.labels_per_class, settings.seed, settings.validation_part)
+        raise configurator.ConfigError('a pre-trained checkpoint is probed on a labelled set: '
+                                       '--dataset=NAME (or use --embed)')
+    parts = data.task_splits(settings.dataset, settings.data_dir, settings.fold, settings.labels_per_class,
+                             settings.seed, settings.validation_part)
     train, valid, test = parts
     mean, std = train.statistics(loaded.spectrum['window'])
     spectrum = {**loaded.spectrum, 'mean': mean, 'std': std}
     how = {'batch_size': settings.batch_size, 'workers': settings.workers}
     encoded = [features(loaded.encoder, part, spectrum, process, autocast, title='encoding', **how) for part in parts]
     longest = int(max(data.frames_in(part.length).max() for part in parts))
-    whole = {**spectrum, 'frames': min(longest, MAX_FRAMES), 'repeat': False}                 # the baseline may see whole clips
+    whole = {**spectrum, 'frames': min(longest, MAX_FRAMES), 'repeat': False}       # the baseline may see whole clips
     kinds = {'log-mel statistics': [log_mel_statistics(part, whole, process, **how) for part in parts],
              'CLS': [part[0] for part in encoded], 'mean of patches': [part[1] for part in encoded]}
     targets = [part.targets(np.arange(len(part))) for part in parts]
@@ -300,7 +320,8 @@ def probe_pretrained(loaded, settings, process, autocast):
             results[kind]['kNN'] = metrics(votes, targets[2], False)[0]
         logits, strength = linear_probe((x, targets[0]), (v, targets[1]), t, test.multi_label)
         results[kind]['linear probe'] = {**metrics(logits, targets[2], test.multi_label)[0], 'l2': strength}
-        process.print(f'{kind:20}' + ''.join(f'{probe}: {describe(scores)}   ' for probe, scores in results[kind].items()))
+        process.print(f'{kind:20}'
+                      + ''.join(f'{probe}: {describe(scores)}   ' for probe, scores in results[kind].items()))
     return results
 
 
@@ -313,7 +334,8 @@ def load_waves(paths, samples):
 def classify_files(loaded, settings, process, autocast):
     """Print the top classes of audio files, with probabilities."""
     if loaded.classifier is None:
-        raise configurator.ConfigError(f'{settings.ckpt} is a pre-trained checkpoint and knows no classes: fine-tune it first, or use --embed')
+        raise configurator.ConfigError(f'{settings.ckpt} is a pre-trained checkpoint and knows no classes: '
+                                       'fine-tune it first, or use --embed')
     loaded.classifier.eval()
     for path in data.words(settings.wav):
         batch = load_waves([path], data.samples_for(loaded.spectrum['frames']))
@@ -322,11 +344,13 @@ def classify_files(loaded, settings, process, autocast):
             logits = loaded.classifier(spec)[0].float()
         scores = logits.sigmoid() if loaded.multi_label else logits.softmax(dim=0)
         top = scores.topk(min(settings.top_k, len(scores)))
-        process.print(path + ':  ' + ', '.join(f'{loaded.classes[i]} {score:.3f}' for score, i in zip(top.values, top.indices)))
+        process.print(path + ':  '
+                      + ', '.join(f'{loaded.classes[i]} {score:.3f}' for score, i in zip(top.values, top.indices)))
 
 
 def write_embeddings(loaded, settings, process, autocast):
-    """An .npz with names (N,), cls (N, D), mean (N, D) and patches (N, P, D) float16, P time-major; sound (N,) real frames."""
+    """An .npz with names (N,), cls (N, D), mean (N, D) and patches (N, P, D) float16, P time-major;
+    sound (N,) real frames."""
     def everything(spec, lengths):
         x = loaded.encoder(spec).float()
         real = patches_with_sound(lengths, x.shape[1] - 1, loaded.config)[:, :, None]
@@ -336,20 +360,24 @@ def write_embeddings(loaded, settings, process, autocast):
         batch = load_waves(names, data.samples_for(loaded.spectrum['frames']))
         pcm, lengths = batch['pcm'].to(process.device), batch['lengths'].to(process.device)
         with torch.inference_mode(), autocast():
-            parts = [part.float().cpu().numpy() for part in everything(data.log_mel(pcm, lengths, **loaded.spectrum), lengths)]
+            parts = [part.float().cpu().numpy()
+                     for part in everything(data.log_mel(pcm, lengths, **loaded.spectrum), lengths)]
     else:
         meta = data.read_meta(os.path.join(settings.data_dir, settings.dataset))
         clips = data.open_clips([settings.dataset], settings.data_dir, sorted(meta.get('splits', {'train': None})))
         names = clips.keys()
-        rows, columns = loaded.spectrum['frames'] // loaded.config.patch_size, loaded.config.n_mels // loaded.config.patch_size
+        rows, columns = (loaded.spectrum['frames'] // loaded.config.patch_size,
+                         loaded.config.n_mels // loaded.config.patch_size)
         if len(names) * rows * columns * loaded.config.n_embd * 4 > MAX_EMBEDDING_BYTES:
-            raise configurator.ConfigError(f'patch embeddings of {len(names):,} clips take more than {MAX_EMBEDDING_BYTES >> 30} GiB of memory: '
-                                           f'embed smaller sets')
-        parts = over_clips(everything, clips, loaded.spectrum, process, autocast, settings.batch_size, settings.workers, 'encoding')
+            raise configurator.ConfigError(f'patch embeddings of {len(names):,} clips take more than '
+                                           f'{MAX_EMBEDDING_BYTES >> 30} GiB of memory: embed smaller sets')
+        parts = over_clips(everything, clips, loaded.spectrum, process, autocast, settings.batch_size,
+                           settings.workers, 'encoding')
     cls, mean, patches, sound = parts
     if process.is_main:
         with runtime.replacing(settings.embed, 'wb') as f:
-            np.savez(f, names=np.array(names), cls=cls, mean=mean, patches=patches.astype(np.float16), sound=sound.astype(np.int64))
+            np.savez(f, names=np.array(names), cls=cls, mean=mean, patches=patches.astype(np.float16),
+                     sound=sound.astype(np.int64))
     process.print(f'{settings.embed}: names {len(names)}, cls and mean {cls.shape}, patches {patches.shape}')
 
 

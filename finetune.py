@@ -2,10 +2,11 @@
 
     python finetune.py config/finetune_esc50.py --ckpt=out/as2m/ckpt.pt --fold=all
     python finetune.py config/finetune_fsdd.py --ckpt=asda_authors.pt --labels_per_class=10
-    python finetune.py config/finetune_fsdd.py --init=scratch --ckpt=out/real/ckpt.pt      # its architecture, random weights
+    python finetune.py config/finetune_fsdd.py --init=scratch --ckpt=out/real/ckpt.pt
+                                                                # its architecture, random weights
 
---ckpt reads our checkpoints and the authors', EAT's and SSLAM's; window, frames and architecture come from it. Without one
-(--init=scratch) they come from the settings, which are the names below and the fields of model.ASDAConfig.
+--ckpt reads our checkpoints and the authors', EAT's and SSLAM's; window, frames and architecture come from it. Without
+one (--init=scratch) they come from the settings, which are the names below and the fields of model.ASDAConfig.
 The best checkpoint is chosen on a validation part of the training split; the test split is looked at once, at the end.
 """
 import dataclasses
@@ -37,7 +38,8 @@ validation_part = 0.1           # share of the training split that chooses the b
 seed = 1                        # decides on everything random
 frames = 0                      # input length; 0: the checkpoint's
 window = 'hamming'              # analysis window without a checkpoint: hamming or hanning
-repeat = False                  # repeat clips shorter than the input instead of padding; on if the checkpoint was pre-trained on joined clips
+repeat = False                  # repeat clips shorter than the input instead of padding; on if the checkpoint was
+                                # pre-trained on joined clips
 max_steps = 4000                # updates
 batch_size = 48                 # clips of one update, over all processes and accumulated parts
 accumulate = 1                  # parts that each process cuts its clips into
@@ -68,8 +70,8 @@ compile = False                 # torch.compile
 workers = 2                     # processes that read clips ahead; 0: none
 threads = 0                     # CPU threads of one process; 0: PyTorch's choice
 
-FREE_SETTINGS = ('out_dir', 'resume', 'overwrite', 'data_dir', 'ckpt', 'log_interval', 'save_interval', 'keep', 'device', 'workers',
-                 'threads', 'accumulate')
+FREE_SETTINGS = ('out_dir', 'resume', 'overwrite', 'data_dir', 'ckpt', 'log_interval', 'save_interval', 'keep',
+                 'device', 'workers', 'threads', 'accumulate')
 HEAD_CHOICES = ('cls_position', 'pooling')      # fields of ASDAConfig that fine-tuning may change (Table 2)
 
 
@@ -81,9 +83,10 @@ def check(settings, world):
             refuse(f'{name} = {getattr(settings, name)} must be at least 1')
     parts = world * settings.accumulate
     if settings.batch_size % (2 * parts) and parts > 1:
-        refuse(f'batch_size = {settings.batch_size} is not divisible by 2 x {world} processes x accumulate = {settings.accumulate}, '
-               f'which mixing pairs of clips needs')
-    for name, allowed in (('init', ('checkpoint', 'scratch')), ('loss', ('auto', 'cross_entropy', 'bce')), ('window', data.WINDOWS)):
+        refuse(f'batch_size = {settings.batch_size} is not divisible by 2 x {world} processes x accumulate '
+               f'= {settings.accumulate}, which mixing pairs of clips needs')
+    for name, allowed in (('init', ('checkpoint', 'scratch')), ('loss', ('auto', 'cross_entropy', 'bce')),
+                          ('window', data.WINDOWS)):
         if getattr(settings, name) not in allowed:
             refuse(f'{name} = {getattr(settings, name)!r} is none of {", ".join(allowed)}')
     if settings.init == 'checkpoint' and not settings.ckpt:
@@ -104,7 +107,8 @@ def initial_model(settings, n_classes):
     window, repeat, encoder = settings.window, settings.repeat, None
     if settings.ckpt:
         loaded = open_checkpoint(settings.ckpt)
-        set_here = [name for name, value in fields.items() if value != defaults[name] and name not in ('frames', 'drop_path', *HEAD_CHOICES)]
+        set_here = [name for name, value in fields.items()
+                    if value != defaults[name] and name not in ('frames', 'drop_path', *HEAD_CHOICES)]
         if set_here:
             raise configurator.ConfigError(f'{set_here[0]} comes from the checkpoint {settings.ckpt}: leave it out')
         chosen = {name: fields[name] for name in HEAD_CHOICES if fields[name] != defaults[name]}
@@ -138,16 +142,19 @@ def make_optimizer(model, settings, process):
     groups = {}
     for (_, p), scale in zip(model.named_parameters(), layer_scales(model, settings.layer_decay).values()):
         decays = settings.decay_vectors or p.squeeze().ndim > 1
-        group = groups.setdefault((scale, decays), {'params': [], 'scale': scale, 'weight_decay': settings.weight_decay if decays else 0.0})
+        group = groups.setdefault((scale, decays), {'params': [], 'scale': scale,
+                                                    'weight_decay': settings.weight_decay if decays else 0.0})
         group['params'].append(p)
     assert sum(p.numel() for group in groups.values() for p in group['params']) == count_parameters(model)
     process.print(f'AdamW: {count_parameters(model):,} parameters in {len(groups)} groups, learning rate scaled from '
                   f'{min(g["scale"] for g in groups.values()):.2g} to {max(g["scale"] for g in groups.values()):g}')
-    return torch.optim.AdamW(groups.values(), lr=0.0, betas=(settings.beta1, settings.beta2), eps=1e-8, fused=process.device.type == 'cuda')
+    return torch.optim.AdamW(groups.values(), lr=0.0, betas=(settings.beta1, settings.beta2), eps=1e-8,
+                             fused=process.device.type == 'cuda')
 
 
 def lr_at(step, settings):
-    """Linear from min_lr to the peak, cosine back to min_lr. (The authors do not scale min_lr by layer; here all of it is.)"""
+    """Linear from min_lr to the peak, cosine back to min_lr. (The authors do not scale min_lr by layer;
+    here all of it is.)"""
     if step < settings.warmup_steps:
         return settings.min_lr + (settings.lr - settings.min_lr) * step / settings.warmup_steps
     progress = (step - settings.warmup_steps) / (settings.max_steps - settings.warmup_steps)
@@ -157,9 +164,10 @@ def lr_at(step, settings):
 def classification_loss(logits, labels, label_sum, settings, multi_label):
     """The part's share of the loss over the global batch: the sum over all parts is that loss.
 
-    cross_entropy: mean over clips, with label smoothing. bce of a multi-label set: sum / sum of the (mixed) labels of the
-    global batch (AudioSet). bce of single labels: sum over classes, mean over clips (Speech Commands).
-    logits, labels (B, classes); label_sum: sum of the global batch's labels, which mixing with the reversed batch keeps.
+    cross_entropy: mean over clips, with label smoothing. bce of a multi-label set: sum / sum of the (mixed) labels of
+    the global batch (AudioSet). bce of single labels: sum over classes, mean over clips (Speech Commands).
+    logits, labels (B, classes); label_sum: sum of the global batch's labels,
+    which mixing with the reversed batch keeps.
     """
     kind = settings.loss if settings.loss != 'auto' else 'bce' if multi_label else 'cross_entropy'
     if kind == 'cross_entropy':
@@ -174,7 +182,8 @@ def forward_backward(network, batch, spectrum, settings, multi_label, process, a
     """Forward and backward over this process's clips in parts of mirrored places -> the process's share of the loss."""
     parts = settings.accumulate
     clips = len(batch['lengths'])
-    order = torch.cat([torch.tensor(data.mirrored_places(clips, part, parts)) for part in range(parts)]).to(process.device)
+    order = torch.cat([torch.tensor(data.mirrored_places(clips, part, parts))
+                       for part in range(parts)]).to(process.device)
     total = 0
     for i, chosen in enumerate(order.chunk(parts)):
         part = {name: value[chosen] if value.ndim else value for name, value in batch.items()}
@@ -185,7 +194,7 @@ def forward_backward(network, batch, spectrum, settings, multi_label, process, a
         with autocast():
             logits = network(spec, part['draws'])
         loss = classification_loss(logits.float(), labels, part['label_sum'], settings, multi_label)
-        (loss * process.world).backward()                                   # DDP takes the mean over processes, the loss is a sum
+        (loss * process.world).backward()                       # DDP takes the mean over processes, the loss is a sum
         total = total + loss.detach()
     return total
 
@@ -193,19 +202,22 @@ def forward_backward(network, batch, spectrum, settings, multi_label, process, a
 def train(settings, process):
     """One fine-tuning run -> {'best': scores, 'last': scores} on the test split; None if a signal ended it."""
     resuming = runtime.check_out_dir(settings.out_dir, settings.resume, settings.overwrite)
-    train_clips, valid, test = data.task_splits(settings.dataset, settings.data_dir, settings.fold, settings.labels_per_class, settings.seed,
-                                                settings.validation_part)
+    train_clips, valid, test = data.task_splits(settings.dataset, settings.data_dir, settings.fold,
+                                                settings.labels_per_class, settings.seed, settings.validation_part)
     multi_label, classes = train_clips.multi_label, train_clips.classes
     model, window, repeat = initial_model(settings, len(classes))
     config = model.config
     mean, std = train_clips.statistics(window)
     spectrum = {'frames': config.frames, 'window': window, 'mean': mean, 'std': std, 'repeat': repeat}
-    input_info = {'window': window, 'mean': mean, 'std': std, 'repeat': repeat, 'fingerprint': train_clips.fingerprint()}
+    input_info = {'window': window, 'mean': mean, 'std': std, 'repeat': repeat,
+                  'fingerprint': train_clips.fingerprint()}
     autocast, dtype_name = runtime.autocast(process, settings.dtype)
-    stage = type(settings)(**{name: value for name, value in vars(settings).items() if name not in dataclasses.asdict(config)})
+    stage = type(settings)(**{name: value for name, value in vars(settings).items()
+                              if name not in dataclasses.asdict(config)})
     process.print(f'{configurator.show(stage)}\n{config}')
-    process.print(f'{len(train_clips):,} training, {len(valid):,} validation, {len(test):,} test clips; {len(classes)} classes; {config.frames} frames; '
-                  f'log-mel mean {mean:.3f}, std {std:.3f}; {dtype_name}; {runtime.provenance(process)}')
+    process.print(f'{len(train_clips):,} training, {len(valid):,} validation, {len(test):,} test clips; '
+                  f'{len(classes)} classes; {config.frames} frames; log-mel mean {mean:.3f}, std {std:.3f}; '
+                  f'{dtype_name}; {runtime.provenance(process)}')
     model.to(process.device)
     optimizer = make_optimizer(model, settings, process)
     first, best = 0, -math.inf
@@ -219,8 +231,9 @@ def train(settings, process):
         network.compile()
 
     places = data.mirrored_places(settings.batch_size, process.rank, process.world)
-    batches = data.FinetuneBatches(train_clips, config.frames, settings.batch_size, places, settings.seed, config.n_layer, settings.roll, settings.noise,
-                                   settings.input_mask, settings.mixup, settings.mixup_probability)
+    batches = data.FinetuneBatches(train_clips, config.frames, settings.batch_size, places, settings.seed,
+                                   config.n_layer, settings.roll, settings.noise, settings.input_mask, settings.mixup,
+                                   settings.mixup_probability)
     loader = data.loader(batches, range(first, settings.max_steps), settings.workers, pin=process.device.type == 'cuda')
     log = runtime.Log(settings.out_dir, process, first if resuming else None)
     log.write(start=first, settings=vars(settings), **runtime.provenance(process), time=time.time())
@@ -228,11 +241,13 @@ def train(settings, process):
     bad_steps, scores, done = 0, {}, first
 
     def state():
-        return {'model': model.state_dict(), 'config': dataclasses.asdict(config), 'step': done, 'settings': vars(settings), 'metrics': scores,
-                'input': input_info, 'classes': classes, 'multi_label': multi_label, 'best': best}
+        return {'model': model.state_dict(), 'config': dataclasses.asdict(config), 'step': done,
+                'settings': vars(settings), 'metrics': scores, 'input': input_info, 'classes': classes,
+                'multi_label': multi_label, 'best': best}
 
     def evaluate(clips, title):
-        return metrics(predict(model, clips, spectrum, process, autocast, title=title), clips.targets(np.arange(len(clips))), multi_label)[0]
+        return metrics(predict(model, clips, spectrum, process, autocast, title=title),
+                       clips.targets(np.arange(len(clips))), multi_label)[0]
 
     for step, batch in zip(range(first, settings.max_steps), loader):
         for group in optimizer.param_groups:
@@ -249,7 +264,8 @@ def train(settings, process):
         if not finite:
             process.print(f'warning: step {done} has a gradient that is not finite; skipped ({bad_steps} in a row)')
             if bad_steps >= settings.max_bad_steps:
-                raise runtime.RunError(f'{bad_steps} steps in a row were not finite; lower lr; {settings.out_dir} holds the last checkpoint')
+                raise runtime.RunError(f'{bad_steps} steps in a row were not finite; lower lr; '
+                                       f'{settings.out_dir} holds the last checkpoint')
         last = done == settings.max_steps
         if last or done % settings.log_interval == 0:
             value = float(process.mean(loss.clone())) * process.world
@@ -267,7 +283,8 @@ def train(settings, process):
                     runtime.save_checkpoint(os.path.join(settings.out_dir, 'best.pt'), state(), keep=1)
         stopping = stop.agreed()
         if process.is_main and (last or stopping or done % settings.save_interval == 0):
-            runtime.save_checkpoint(os.path.join(settings.out_dir, 'ckpt.pt'), {**state(), 'optimizer': optimizer.state_dict()}, settings.keep)
+            runtime.save_checkpoint(os.path.join(settings.out_dir, 'ckpt.pt'),
+                                    {**state(), 'optimizer': optimizer.state_dict()}, settings.keep)
         if stopping and not last:
             process.print(f'stopped after step {done:,} and saved; to go on, run the same command with --resume')
             return None
@@ -289,10 +306,12 @@ def resume_run(model, optimizer, settings, config, input_info, process):
     if state['config'] != dataclasses.asdict(config):
         raise runtime.CheckpointError(f'{path} is of another model: give the same settings, or another --out_dir')
     if state['input']['fingerprint'] != input_info['fingerprint']:
-        raise runtime.CheckpointError(f'{path} was trained on other clips than these settings choose: put the data back, or start a new run')
+        raise runtime.CheckpointError(f'{path} was trained on other clips than these settings choose: '
+                                      'put the data back, or start a new run')
     changed = runtime.changed_settings(state['settings'], vars(settings), FREE_SETTINGS)
     if changed:
-        process.print(f'warning: changed since the checkpoint, so that this is no longer the same run: {", ".join(changed)}')
+        process.print('warning: changed since the checkpoint, so that this is no longer the same run: '
+                      f'{", ".join(changed)}')
     runtime.load_weights(model, state['model'], path)
     optimizer.load_state_dict(state['optimizer'])
     process.print(f'going on after step {state["step"]:,}')
@@ -309,13 +328,16 @@ def train_folds(settings, process):
         out = os.path.join(settings.out_dir, f'fold-{name}')
         resume = settings.resume and os.path.exists(os.path.join(out, 'log.jsonl'))
         process.print(f'fold {name}')
-        results[name] = train(type(settings)(**{**vars(settings), 'fold': name, 'out_dir': out, 'resume': resume}), process)
+        results[name] = train(type(settings)(**{**vars(settings), 'fold': name, 'out_dir': out, 'resume': resume}),
+                              process)
         if results[name] is None:
             return
     for which in ('best', 'last'):
         values = [result[which].get('mAP', result[which].get('accuracy')) for result in results.values()]
-        process.print(f'{which} checkpoints: ' + ', '.join(f'fold {name} {value:.1%}' for name, value in zip(folds, values))
-                      + f'; mean {np.mean(values):.1%}, standard deviation {np.std(values, ddof=1) if len(values) > 1 else 0:.1%}')
+        process.print(f'{which} checkpoints: '
+                      + ', '.join(f'fold {name} {value:.1%}' for name, value in zip(folds, values))
+                      + f'; mean {np.mean(values):.1%}, '
+                        f'standard deviation {np.std(values, ddof=1) if len(values) > 1 else 0:.1%}')
 
 
 def run(argv):

@@ -1,10 +1,13 @@
-"""ASDA's network: differential attention, the encoder, the decoder, students and teacher with their losses, the classifier.
+"""ASDA's network: differential attention, the encoder, the decoder, students and teacher with their losses,
+the classifier.
 
 Wang et al., "ASDA: Audio Spectrogram Differential Attention Mechanism for Self-Supervised Representation Learning",
-Interspeech 2025, arXiv 2507.02666. Equations and sections below are the paper's. `python model.py` prints the parameter counts.
+Interspeech 2025, arXiv 2507.02666. Equations and sections below are the paper's. `python model.py` prints the parameter
+counts.
 
 This file must not know audio, files, devices or processes. Shapes: B clips, n students (views) per clip, P patches of a
-clip on a (P/8, 8) grid of time x frequency, T kept patches of a view, D channels, h heads of d = D / h channels, L layers.
+clip on a (P/8, 8) grid of time x frequency, T kept patches of a view, D channels, h heads of d = D / h channels,
+L layers.
 """
 import copy
 import dataclasses
@@ -23,9 +26,11 @@ class ASDAConfig:
     n_embd: int = 768                   # D, width
     ffn_ratio: float = 3.5              # width of the feed-forward layer / D
     diff_lambda: float = 0.3            # weight of the second attention map (Table 3); 0: plain attention, no Q2 and K2
-    head_norm: str = 'per_head'         # LayerNorm on the attention's result: per_head (eq. 3), all (authors' code), none (EAT)
+    head_norm: str = 'per_head'         # LayerNorm on the attention's result: per_head (eq. 3), all (authors' code),
+                                        # none (EAT)
     attn_scale: float = 1.0             # factor on the attention's result after that LayerNorm; authors' code: 0.95
-    pos_embed: str = '1d'               # fixed sine-cosine positions: 1d over the patch index, 2d over (time, frequency)
+    pos_embed: str = '1d'               # fixed sine-cosine positions: 1d over the patch index, 2d over
+                                        # (time, frequency)
     n_mels: int = 128                   # mel bands of the spectrogram
     patch_size: int = 16                # frames and mel bands of one square patch
     frames: int = 1008                  # input length of pre-training, in 10-ms frames
@@ -38,7 +43,8 @@ class ASDAConfig:
     n_students: int = 16                # views of a clip that share one teacher pass
     alpha: float = 0.5                  # weight of the utterance loss (eq. 6)
     utterance_scale: float = 1.0        # further factor on it; authors' code: clips x students of one GPU, 192
-    utterance_target: str = 'normed'    # normed: mean of the frame targets (authors' code); raw: without their instance norm
+    utterance_target: str = 'normed'    # normed: mean of the frame targets (authors' code); raw: without their
+                                        # instance norm
     target_layers: int = 0              # the last k layers make the targets; 0: all
     cls_position: str = 'head'          # where the CLS token stands inside: head or middle (Table 2)
     pooling: str = 'cls'                # the utterance: the CLS token, or the mean of the patches (Table 2)
@@ -54,12 +60,15 @@ class ASDAConfig:
         choose('utterance_target', 'normed', 'raw')
         choose('cls_position', 'head', 'middle')
         choose('pooling', 'cls', 'mean')
-        for name in ('n_layer', 'n_head', 'n_embd', 'n_mels', 'patch_size', 'frames', 'decoder_groups', 'n_students', 'mask_block'):
+        for name in ('n_layer', 'n_head', 'n_embd', 'n_mels', 'patch_size', 'frames', 'decoder_groups', 'n_students',
+                     'mask_block'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name} = {getattr(self, name)} must be at least 1')
-        for name, divisor in (('n_embd', 'n_head'), ('n_embd', 'decoder_groups'), ('n_mels', 'patch_size'), ('frames', 'patch_size')):
+        for name, divisor in (('n_embd', 'n_head'), ('n_embd', 'decoder_groups'), ('n_mels', 'patch_size'),
+                              ('frames', 'patch_size')):
             if getattr(self, name) % getattr(self, divisor):
-                raise ValueError(f'{name} = {getattr(self, name)} is not divisible by {divisor} = {getattr(self, divisor)}')
+                raise ValueError(f'{name} = {getattr(self, name)} is not divisible by {divisor} '
+                                 f'= {getattr(self, divisor)}')
         if self.n_embd % 4:
             raise ValueError(f'n_embd = {self.n_embd} is not divisible by 4, which the sine-cosine positions need')
         if self.frames > MAX_FRAMES:
@@ -68,7 +77,8 @@ class ASDAConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f'{name} = {getattr(self, name)} must lie in [0, 1)')
         if not 0 <= self.target_layers <= self.n_layer:
-            raise ValueError(f'target_layers = {self.target_layers} must lie between 0 (all) and n_layer = {self.n_layer}')
+            raise ValueError(f'target_layers = {self.target_layers} must lie between 0 (all) '
+                             f'and n_layer = {self.n_layer}')
 
     @property
     def grid(self):
@@ -81,7 +91,7 @@ NORM_EPS = 1e-6             # LayerNorm of the encoder
 TARGET_EPS = 1e-5           # normalisations of the targets, of the attention's result and in the decoder
 
 
-# ------------------------------------------------------------------------------------------------------------------ encoder
+# -------------------------------------------------------------------------------------------------------------- encoder
 
 def sincos(index, dim):
     """Fixed positions of one axis: dim/2 sines, then dim/2 cosines, omega_k = 10000^(-k / (dim/2)). (P,) -> (P, dim)"""
@@ -101,7 +111,8 @@ def position_table(config):
 
 
 class DiffAttention(nn.Module):
-    """head_i = LN((softmax(Q1 K1^T / sqrt(d)) - lambda softmax(Q2 K2^T / sqrt(d))) V) (eq. 1-3), then W_O over the heads."""
+    """head_i = LN((softmax(Q1 K1^T / sqrt(d)) - lambda softmax(Q2 K2^T / sqrt(d))) V) (eq. 1-3),
+    then W_O over the heads."""
 
     def __init__(self, config):
         super().__init__()
@@ -112,7 +123,7 @@ class DiffAttention(nn.Module):
         self.v = nn.Linear(D, D)
         self.proj = nn.Linear(D, D)
         if config.head_norm != 'none':
-            self.norm = nn.LayerNorm(D, eps=TARGET_EPS)                     # one weight and bias of length D in either form
+            self.norm = nn.LayerNorm(D, eps=TARGET_EPS)                 # one weight and bias of length D in either form
 
     def forward(self, x):
         """(B, N, D) -> (B, N, D)"""
@@ -136,12 +147,14 @@ class DiffAttention(nn.Module):
 
 
 def drop_path(branch, rate, draw):
-    """Stochastic depth: zero a clip's residual branch (B, N, D) where its draw (B,) in [0, 1) is below rate, rescale the rest."""
+    """Stochastic depth: zero a clip's residual branch (B, N, D) where its draw (B,) in [0, 1) is below rate,
+    rescale the rest."""
     return branch * ((draw >= rate).to(branch.dtype) / (1 - rate))[:, None, None]
 
 
 class Block(nn.Module):
-    """Post-norm transformer block. It also returns t, the feed-forward output before the residual, of which targets are made."""
+    """Post-norm transformer block. It also returns t, the feed-forward output before the residual,
+    of which targets are made."""
 
     def __init__(self, config, drop_rate):
         super().__init__()
@@ -185,11 +198,12 @@ class Encoder(nn.Module):
                 module.reset_parameters()
         nn.init.normal_(self.cls)
         nn.init.xavier_uniform_(self.patch_embed.weight.view(self.config.n_embd, -1))
-        bound = 1 / self.config.patch_size                                               # PyTorch's own for 16 x 16 inputs
+        bound = 1 / self.config.patch_size                                          # PyTorch's own for 16 x 16 inputs
         nn.init.uniform_(self.patch_embed.bias, -bound, bound)
 
     def embed(self, spec):
-        """(B, frames, n_mels) -> (B, P, D): patches in time-major order (index = t * columns + f) with their positions."""
+        """(B, frames, n_mels) -> (B, P, D): patches in time-major order (index = t * columns + f)
+        with their positions."""
         x = self.patch_embed(spec[:, None]).flatten(2).transpose(1, 2)
         return x + self.positions[:x.shape[1]]
 
@@ -202,13 +216,15 @@ class Encoder(nn.Module):
         -> (B * n, 1 + T, D), CLS first wherever it stood inside; with layers=True, that and a list of L tensors alike.
         """
         if spec.shape[1] % self.config.patch_size or spec.shape[1] > MAX_FRAMES or spec.shape[2] != self.config.n_mels:
-            raise ValueError(f'a spectrogram of {spec.shape[1]} frames x {spec.shape[2]} bands: frames must be a multiple of '
-                             f'{self.config.patch_size} up to {MAX_FRAMES}, bands {self.config.n_mels}')
+            raise ValueError(f'a spectrogram of {spec.shape[1]} frames x {spec.shape[2]} bands: '
+                             f'frames must be a multiple of {self.config.patch_size} up to {MAX_FRAMES}, '
+                             f'bands {self.config.n_mels}')
         x = self.embed(spec)                                                # (B, P, D)
         if keep is not None:
             B, P, D = x.shape
             clip = torch.arange(B, device=x.device).repeat_interleave(len(keep) // B)    # the clip of each view
-            x = x.flatten(0, 1).index_select(0, (clip[:, None] * P + keep).flatten()).view(*keep.shape, D)   # (B * n, T, D)
+            x = x.flatten(0, 1).index_select(0, (clip[:, None] * P + keep).flatten()).view(
+                *keep.shape, D)                                             # (B * n, T, D)
         place = x.shape[1] // 2 if self.config.cls_position == 'middle' else 0
         x = torch.cat([x[:, :place], self.cls.expand(len(x), 1, -1).to(x.dtype), x[:, place:]], dim=1)
         x = self.norm(x)
@@ -217,14 +233,16 @@ class Encoder(nn.Module):
             x, t = block(x, None if draws is None else draws[:, i])
             outputs.append(t)
         if place:
-            x, *outputs = [torch.cat([y[:, place:place + 1], y[:, :place], y[:, place + 1:]], dim=1) for y in (x, *outputs)]
+            x, *outputs = [torch.cat([y[:, place:place + 1], y[:, :place], y[:, place + 1:]], dim=1)
+                           for y in (x, *outputs)]
         return (x, outputs) if layers else x
 
 
-# ------------------------------------------------------------------------------------------------------------------ decoder
+# -------------------------------------------------------------------------------------------------------------- decoder
 
 class Decoder(nn.Module):
-    """Predicts the teacher's targets on the whole grid from a student's kept patches. PyTorch's default initialisation."""
+    """Predicts the teacher's targets on the whole grid from a student's kept patches.
+    PyTorch's default initialisation."""
 
     def __init__(self, config):
         super().__init__()
@@ -237,7 +255,8 @@ class Decoder(nn.Module):
         """tokens (V, T, D) of the kept patches, without CLS; keep (V, T) their indices; noise (V, P, D) -> (V, P, D)"""
         V, P, D = noise.shape
         columns = self.config.n_mels // self.config.patch_size
-        x = noise.to(tokens.dtype).scatter(1, keep[:, :, None].expand(-1, -1, D), tokens)    # (V, P, D), noise where masked
+        # (V, P, D), noise where masked
+        x = noise.to(tokens.dtype).scatter(1, keep[:, :, None].expand(-1, -1, D), tokens)
         x = x.view(V, P // columns, columns, D)                             # (V, time, frequency, D), channels last
         for conv in self.convs:
             y = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)             # (V, time, frequency, D)
@@ -245,7 +264,7 @@ class Decoder(nn.Module):
         return self.proj(x.reshape(V, P, D))
 
 
-# --------------------------------------------------------------------------------------------------- students and teacher
+# ------------------------------------------------------------------------------------------------- students and teacher
 
 def n_kept(n_patches, mask_ratio):
     """Patches that a student sees: the authors' floating-point product, so that 320 patches keep 63 and not 64."""
@@ -253,7 +272,8 @@ def n_kept(n_patches, mask_ratio):
 
 
 class ASDA(nn.Module):
-    """n students and an EMA teacher: frame loss on the masked patches (eq. 5), utterance loss on the CLS (eq. 4), sum (eq. 6)."""
+    """n students and an EMA teacher: frame loss on the masked patches (eq. 5), utterance loss on the CLS (eq. 4),
+    sum (eq. 6)."""
 
     def __init__(self, config):
         super().__init__()
@@ -269,9 +289,11 @@ class ASDA(nn.Module):
 
     @torch.no_grad()
     def targets(self, spec):
-        """(B, frames, n_mels) -> frame targets (B, P, D), utterance targets (B, D), float32: the teacher sees every patch.
+        """(B, frames, n_mels) -> frame targets (B, P, D), utterance targets (B, D), float32:
+        the teacher sees every patch.
 
-        From every layer the feed-forward output, instance-normalised over time per channel; averaged over layers; LayerNorm.
+        From every layer the feed-forward output, instance-normalised over time per channel; averaged over layers;
+        LayerNorm.
         """
         _, outputs = self.teacher(spec, layers=True)
         outputs = [t[:, 1:].float() for t in outputs[-self.config.target_layers:]]      # without CLS, (B, P, D)
@@ -285,8 +307,9 @@ class ASDA(nn.Module):
     def forward(self, spec, mask, noise=None):
         """One training forward.
 
-        spec (B, frames, n_mels); mask (B, n, P) bool, True = masked, n_kept(P, mask_ratio) False in every view; noise (B * n, P, D)
-        for the masked places, drawn from N(0, mask_noise^2) if not given. -> scalar loss, dict of scalar measures:
+        spec (B, frames, n_mels); mask (B, n, P) bool, True = masked, n_kept(P, mask_ratio) False in every view;
+        noise (B * n, P, D) for the masked places, drawn from N(0, mask_noise^2) if not given.
+        -> scalar loss, dict of scalar measures:
         frame, utterance: the two losses. target_std, pred_std: standard deviation over the masked patches, mean over
         channels (0 = collapse). explained: 1 - squared error / variance of the targets, over the masked patches.
         """
@@ -323,10 +346,11 @@ def masked_variance(x, weight):
     return (share @ x.square() - mean.square()).clamp_min(0)
 
 
-# --------------------------------------------------------------------------------------------------------------- classifier
+# ----------------------------------------------------------------------------------------------------------- classifier
 
 class Classifier(nn.Module):
-    """A pre-trained encoder with LayerNorm -> Linear on its CLS output, or on the mean of its patches (config.pooling)."""
+    """A pre-trained encoder with LayerNorm -> Linear on its CLS output,
+    or on the mean of its patches (config.pooling)."""
 
     def __init__(self, config, n_classes):
         super().__init__()
@@ -352,4 +376,5 @@ def count_parameters(module):
 if __name__ == '__main__':
     base = ASDAConfig()
     print(f'{base}\ntrainable in pre-training: {count_parameters(ASDA(base)):,}')
-    print(f'classifier with 527 classes: {count_parameters(Classifier(dataclasses.replace(base, drop_path=0.1), 527)):,}')
+    print('classifier with 527 classes: '
+          f'{count_parameters(Classifier(dataclasses.replace(base, drop_path=0.1), 527)):,}')

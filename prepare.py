@@ -1,13 +1,14 @@
 """Stage 0: audio files -> packed clips in data/NAME, the one format that the other stages read.
 
-    python prepare.py demo                                       # ten classes of synthetic sounds, no download
-    python prepare.py fsdd [--source=ARCHIVE_OR_FOLDER]          # Free Spoken Digit Dataset
-    python prepare.py esc50 [--source=ARCHIVE_OR_FOLDER]         # ESC-50, or anything in its layout
-    python prepare.py folder --source=ARCHIVE_OR_FOLDER          # any tree of audio files; parent folders are the classes
+    python prepare.py demo                                   # ten classes of synthetic sounds, no download
+    python prepare.py fsdd [--source=ARCHIVE_OR_FOLDER]      # Free Spoken Digit Dataset
+    python prepare.py esc50 [--source=ARCHIVE_OR_FOLDER]     # ESC-50, or anything in its layout
+    python prepare.py folder --source=ARCHIVE_OR_FOLDER      # any tree of audio files; parent folders are the classes
 
-Sources are zip or tar archives or folders, of wav, flac, ogg, mp3, ... at any sample rate, channel count and length. Nothing is
-unpacked: members are read where they lie, so that no name in an archive is ever used as a path. Decoding and resampling run in
-parallel processes; a shard exists only when it is complete, so that an interrupted run goes on where it stopped.
+Sources are zip or tar archives or folders, of wav, flac, ogg, mp3, ... at any sample rate, channel count and length.
+Nothing is unpacked: members are read where they lie, so that no name in an archive is ever used as a path. Decoding and
+resampling run in parallel processes; a shard exists only when it is complete, so that an interrupted run goes on where
+it stopped.
 
 This file must not know the network.
 """
@@ -60,7 +61,8 @@ MAX_ARCHIVE_RATIO = 100                             # a compressed tar that grow
 MIN_RATE, MAX_RATE = 1000, 768000                   # Hz
 AUDIO_SUFFIXES = ('.wav', '.flac', '.ogg', '.oga', '.opus', '.mp3', '.aif', '.aiff', '.au', '.w64', '.caf')
 
-FSDD_URL = 'https://github.com/Jakobovski/free-spoken-digit-dataset/archive/26eb9aaf76e81b692f806f9140c2d2777410d7a1.zip'
+FSDD_URL = ('https://github.com/Jakobovski/free-spoken-digit-dataset/archive/'
+            '26eb9aaf76e81b692f806f9140c2d2777410d7a1.zip')
 ESC50_URL = 'https://github.com/karolpiczak/ESC-50/archive/33c8ce9eb2cf0b1c2f8bcf322eb349b6be34dbb6.zip'
 
 
@@ -82,7 +84,7 @@ class Plan:
     multi_label: bool = False
 
 
-# ----------------------------------------------------------------------------------------------------------------- sources
+# -------------------------------------------------------------------------------------------------------------- sources
 
 def list_source(path, work_dir):
     """{name: place} of every file in a folder, zip or tar archive. work_dir: where a compressed tar is decompressed."""
@@ -103,8 +105,10 @@ def list_source(path, work_dir):
             raise DataError(f'{path} is neither a folder nor a zip or tar archive')
         path = uncompressed_tar(path, work_dir)
         with tarfile.open(path, 'r:') as archive:                           # links and devices are no files: left out
-            return {member.name: ('tar', path, member.offset_data, member.size) for member in archive if member.isfile()}
-    except (zipfile.BadZipFile, tarfile.TarError, OSError, EOFError, UnicodeError, ValueError, NotImplementedError) as error:
+            return {member.name: ('tar', path, member.offset_data, member.size)
+                    for member in archive if member.isfile()}
+    except (zipfile.BadZipFile, tarfile.TarError, OSError, EOFError, UnicodeError, ValueError,
+            NotImplementedError) as error:
         raise DataError(f'the archive {path} is damaged ({error}): get it again') from None
 
 
@@ -136,7 +140,8 @@ def open_zip(path):
 
 
 def read_bytes(place):
-    """The bytes of one audio file, at most MAX_FILE_BYTES whatever a header says. Raises ValueError if there are more."""
+    """The bytes of one audio file, at most MAX_FILE_BYTES whatever a header says.
+    Raises ValueError if there are more."""
     kind, path = place[:2]
     if kind == 'tar':
         with open(path, 'rb') as f:
@@ -155,7 +160,8 @@ def download(url, path):
     try:
         with urllib.request.urlopen(url, timeout=60) as answer, runtime.replacing(path, 'wb') as out:
             size = int(answer.headers.get('Content-Length') or 0)
-            with tqdm(total=size or None, unit='B', unit_scale=True, desc=f'downloading {os.path.basename(url)}') as bar:
+            with tqdm(total=size or None, unit='B', unit_scale=True,
+                      desc=f'downloading {os.path.basename(url)}') as bar:
                 while block := answer.read(1 << 18):
                     out.write(block)
                     bar.update(len(block))
@@ -175,7 +181,7 @@ def source_or_download(settings, url):
     return path
 
 
-# ---------------------------------------------------------------------------------------------------------------- decoding
+# ------------------------------------------------------------------------------------------------------------- decoding
 
 def decode(content, max_seconds):
     """The bytes of an audio file -> mono float32 waveform at 16 kHz. Raises ValueError, soundfile.LibsndfileError."""
@@ -196,7 +202,8 @@ def decode(content, max_seconds):
     if not np.isfinite(wave).all():
         raise ValueError('NaN or infinite samples')
     if rate != SAMPLE_RATE:
-        # The filter bank of a rate like 44101 Hz would take gigabytes; the nearest small fraction is off by 1e-6 at most.
+        # The filter bank of a rate like 44101 Hz would take gigabytes;
+        # the nearest small fraction is off by 1e-6 at most.
         ratio = fractions.Fraction(rate, SAMPLE_RATE).limit_denominator(1000)
         wave = torchaudio.functional.resample(torch.from_numpy(wave), ratio.numerator, ratio.denominator).numpy()
     if len(wave) < WINDOW_SAMPLES:
@@ -213,7 +220,8 @@ def decode_file(path, max_seconds=3600):
 
 
 def reason_of(error):
-    text = getattr(error, 'error_string', None) or getattr(error, 'strerror', None) or str(error) or type(error).__name__
+    text = (getattr(error, 'error_string', None) or getattr(error, 'strerror', None) or str(error)
+            or type(error).__name__)
     return ' '.join(text.split())
 
 
@@ -224,7 +232,8 @@ def pack_clip(place, max_seconds):
             wave = synthesise(*place[1:])
         else:
             wave = decode(read_bytes(place), max_seconds)
-    except (OSError, EOFError, ValueError, RuntimeError, TypeError, NotImplementedError, MemoryError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, RuntimeError, TypeError, NotImplementedError, MemoryError,
+            zipfile.BadZipFile) as error:
         return reason_of(error)
     pcm = np.clip(np.rint(wave * 32768), -32768, 32767).astype(np.int16)
     centred = torch.from_numpy(pcm.astype(np.float32) / 32768)[None]
@@ -282,7 +291,8 @@ class Workers:
         self.restart()
 
     def restart(self):
-        self.pool = concurrent.futures.ProcessPoolExecutor(self.count, multiprocessing.get_context('spawn'), torch.set_num_threads, (1,))
+        self.pool = concurrent.futures.ProcessPoolExecutor(self.count, multiprocessing.get_context('spawn'),
+                                                           torch.set_num_threads, (1,))
 
     def submit(self, chunk, max_seconds):
         return self.pool.submit(pack_chunk, chunk, max_seconds)
@@ -294,7 +304,7 @@ class Workers:
         self.pool.shutdown(wait=True, cancel_futures=True)
 
 
-# ------------------------------------------------------------------------------------------------------------------ shards
+# --------------------------------------------------------------------------------------------------------------- shards
 
 def prepare(plan, settings):
     """Write every shard of the plan that is not there yet, then skipped.tsv and meta.json. Raises DataError."""
@@ -303,7 +313,8 @@ def prepare(plan, settings):
     os.makedirs(settings.out_dir, exist_ok=True)
     shards = cut_into_shards(plan)
     with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(tqdm(total=len(plan.entries), unit='clip', desc=f'preparing {plan.name}', mininterval=0.5))
+        bar = stack.enter_context(tqdm(total=len(plan.entries), unit='clip', desc=f'preparing {plan.name}',
+                                       mininterval=0.5))
         pool = stack.enter_context(Workers(settings.workers)) if settings.workers else None
         for base, entries in shards:
             path = os.path.join(settings.out_dir, base)
@@ -322,7 +333,8 @@ def cut_into_shards(plan):
     shards = []
     for split in sorted({entry.split for entry in plan.entries}):
         entries = sorted((entry for entry in plan.entries if entry.split == split), key=lambda entry: entry.key)
-        shards += [(f'{split}-{i // SHARD_CLIPS:05d}', entries[i:i + SHARD_CLIPS]) for i in range(0, len(entries), SHARD_CLIPS)]
+        shards += [(f'{split}-{i // SHARD_CLIPS:05d}', entries[i:i + SHARD_CLIPS])
+                   for i in range(0, len(entries), SHARD_CLIPS)]
     return shards
 
 
@@ -361,7 +373,8 @@ def write_shard(path, entries, plan, max_seconds, pool, bar):
         'offsets': np.cumsum(lengths) - lengths, 'lengths': lengths, 'labels': labels_of(good, plan),
         'folds': np.array([entry.fold for entry in good], np.int16),
         'hashes': np.array([key_hash(entry.key) for entry in good], np.uint32),
-        'stats': np.array(stats).reshape(-1, len(WINDOWS), 2), 'keys': np.array([entry.key for entry in good], dtype=str),
+        'stats': np.array(stats).reshape(-1, len(WINDOWS), 2),
+        'keys': np.array([entry.key for entry in good], dtype=str),
         'skipped': np.array(skipped, dtype=str).reshape(-1, 2), 'plan': np.array(plan_digest(entries))}
     with runtime.replacing(path + '.npz', 'wb') as f:
         np.savez(f, **arrays)
@@ -395,17 +408,20 @@ def finish(plan, shards, settings):
             f.writelines(f'{printable(key)}\t{printable(reason)}\n' for key, reason in skipped)
     if len(skipped) == total:
         remove_set(settings.out_dir)
-        raise DataError(f'none of the {total} files in {settings.source} could be read, e.g. {printable(skipped[0][0])}: {skipped[0][1]}')
+        raise DataError(f'none of the {total} files in {settings.source} could be read, e.g. '
+                        f'{printable(skipped[0][0])}: {skipped[0][1]}')
     if len(skipped) > settings.max_bad * total:
-        raise DataError(f'{len(skipped)} of {total} files were skipped, more than max_bad = {settings.max_bad:g} allows; see '
-                        f'{settings.out_dir}/skipped.tsv; to accept them run again with --max_bad={math.ceil(100 * len(skipped) / total) / 100:g}')
+        raise DataError(f'{len(skipped)} of {total} files were skipped, more than max_bad = {settings.max_bad:g} '
+                        f'allows; see {settings.out_dir}/skipped.tsv; to accept them run again with '
+                        f'--max_bad={math.ceil(100 * len(skipped) / total) / 100:g}')
     statistics = {}
     for window, (total_sum, squares) in zip(WINDOWS, sums):
         values = max(frames, 1) * 128
         mean = total_sum / values
         statistics[window] = [mean, math.sqrt(max(squares / values - mean ** 2, 0))]
-    meta = {'name': os.path.basename(settings.out_dir), 'version': FORMAT_VERSION, 'sample_rate': SAMPLE_RATE, 'classes': plan.classes,
-            'multi_label': plan.multi_label, 'folds': plan.folds, 'splits': splits, 'statistics': statistics, 'skipped': len(skipped),
+    meta = {'name': os.path.basename(settings.out_dir), 'version': FORMAT_VERSION, 'sample_rate': SAMPLE_RATE,
+            'classes': plan.classes, 'multi_label': plan.multi_label, 'folds': plan.folds, 'splits': splits,
+            'statistics': statistics, 'skipped': len(skipped),
             'hours': sum(split['seconds'] for split in splits.values()) / 3600}
     with runtime.replacing(os.path.join(settings.out_dir, 'meta.json')) as f:
         json.dump(meta, f, indent=1)
@@ -416,7 +432,8 @@ def finish(plan, shards, settings):
 
 
 def remove_set(folder):
-    """Delete a prepared set, whole or not: the files that this script writes and no others, then the folder if it is empty."""
+    """Delete a prepared set, whole or not: the files that this script writes and no others,
+    then the folder if it is empty."""
     ours = re.compile(r'(meta\.json|skipped\.tsv|source\.(zip|tar)|(train|valid|test|eval)-\d{5}\.(pcm|npz))(\.tmp)?')
     for file in os.listdir(folder):
         if ours.fullmatch(file):
@@ -436,7 +453,7 @@ def printable(text):
     return str(text).encode('utf-8', 'backslashreplace').decode().translate({9: ' ', 10: ' ', 13: ' '})
 
 
-# ----------------------------------------------------------------------------------------------------------------- recipes
+# -------------------------------------------------------------------------------------------------------------- recipes
 
 def plan_demo(settings):
     classes = list(SOUNDS)
@@ -451,7 +468,8 @@ def plan_fsdd(settings):
     named = {key: re.fullmatch(r'(\d)_([A-Za-z]+)_(\d+)', os.path.splitext(os.path.basename(key))[0])
              for key in found if 'recordings' in key.split('/')[:-1] and key.lower().endswith(AUDIO_SUFFIXES)}
     speakers = sorted({match[2] for match in named.values() if match})
-    entries = [Entry('/'.join(key.split('/')[-2:]), found[key], 'test' if int(match[3]) < 5 else 'train', int(match[1]), speakers.index(match[2]))
+    entries = [Entry('/'.join(key.split('/')[-2:]), found[key], 'test' if int(match[3]) < 5 else 'train',
+                     int(match[1]), speakers.index(match[2]))
                for key, match in named.items() if match]
     if len(entries) != 3000 or len(speakers) != 6:
         print(f'warning: {len(entries)} recordings of {len(speakers)} speakers; the data set has 3000 of 6')
@@ -463,11 +481,13 @@ def plan_esc50(settings):
     found = list_source(source_or_download(settings, ESC50_URL), settings.out_dir)
     tables = [key for key in found if key.endswith('meta/esc50.csv')]
     if len(tables) != 1:
-        raise DataError(f'{settings.source or ESC50_URL} holds {len(tables)} files named meta/esc50.csv; ESC-50 has one')
+        raise DataError(f'{settings.source or ESC50_URL} holds {len(tables)} files named meta/esc50.csv; '
+                        'ESC-50 has one')
     root = tables[0][:-len('meta/esc50.csv')]
     try:
         rows = list(csv.DictReader(io.StringIO(read_bytes(found[tables[0]]).decode())))
-        rows = [(os.path.splitext(row['filename'])[0], row['fold'], int(row['target']), row['category']) for row in rows]
+        rows = [(os.path.splitext(row['filename'])[0], row['fold'], int(row['target']), row['category'])
+                for row in rows]
     except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise DataError(f'{tables[0]} in {settings.source} is not ESC-50\'s table ({error!r})') from None
     audio = {os.path.splitext(key)[0][len(root):]: key for key in found if key.startswith(root + 'audio/')}
@@ -476,7 +496,8 @@ def plan_esc50(settings):
     missing = [stem for stem, *_ in rows if 'audio/' + stem not in audio]
     if missing:
         raise DataError(f'{len(missing)} of the {len(rows)} clips of {tables[0]} are missing, e.g. audio/{missing[0]}')
-    entries = [Entry(stem, found[audio['audio/' + stem]], label=targets.index(target), fold=folds.index(fold)) for stem, fold, target, _ in rows]
+    entries = [Entry(stem, found[audio['audio/' + stem]], label=targets.index(target), fold=folds.index(fold))
+               for stem, fold, target, _ in rows]
     if len(entries) != 2000:
         print(f'note: {len(entries)} clips of {len(targets)} classes; the whole ESC-50 has 2,000 of 50')
     return Plan('esc50', entries, [names[target] for target in targets], folds)
@@ -494,7 +515,7 @@ def plan_folder(settings):
     parents = {key: os.path.basename(os.path.dirname(key)) for key in found}
     classes = sorted(set(parents.values())) if settings.label == 'parent' else []
     if len(classes) == 1:
-        classes = []                                                        # one folder of sounds has nothing to tell apart
+        classes = []                                                    # one folder of sounds has nothing to tell apart
     splits = read_split_file(settings.split_file, found) if settings.split_file else {
         key: 'test' if key_hash(key) % 10000 < settings.test_part * 10000 else 'train' for key in found}
     entries = [Entry(key, place, splits[key], classes.index(parents[key]) if classes else -1)
@@ -520,8 +541,9 @@ def read_split_file(path, found):
 RECIPES = {'demo': plan_demo, 'fsdd': plan_fsdd, 'esc50': plan_esc50, 'folder': plan_folder}
 
 
-# ------------------------------------------------------------------------------------------------------------------- sounds
-# The demo's ten classes. Each function gets the sample times (n,) in seconds, a pitch in Hz and a generator -> (n,) waveform.
+# --------------------------------------------------------------------------------------------------------------- sounds
+# The demo's ten classes. Each function gets the sample times (n,) in seconds, a pitch in Hz and a generator
+# -> (n,) waveform.
 
 def tone(t, pitch, rng):
     return np.sin(2 * np.pi * pitch * t)
@@ -578,12 +600,13 @@ def noise_sweep(t, pitch, rng):
     return smooth * (chirp_up if rng.random() < 0.5 else chirp_down)(t, pitch, rng)
 
 
-SOUNDS = {function.__name__: function for function in (tone, chirp_up, chirp_down, noise_bursts, am_tone, fm_tone, click_train,
-                                                       harmonic_buzz, inharmonic_bell, noise_sweep)}
+SOUNDS = {function.__name__: function for function in (tone, chirp_up, chirp_down, noise_bursts, am_tone, fm_tone,
+                                                       click_train, harmonic_buzz, inharmonic_bell, noise_sweep)}
 
 
 def synthesise(seed, i):
-    """Clip i: 1.3 s of background noise of random colour, level and hum with one sound at a random onset, length, pitch, level."""
+    """Clip i: 1.3 s of background noise of random colour, level and hum with one sound at a random onset, length,
+    pitch, level."""
     rng = np.random.default_rng([seed, i])
     sound = list(SOUNDS.values())[i % len(SOUNDS)]
     samples = 20720                                                         # 128 frames
@@ -602,13 +625,14 @@ def synthesise(seed, i):
     return (background * level / np.sqrt(np.mean(background ** 2))).astype(np.float32)
 
 
-# --------------------------------------------------------------------------------------------------------------------- main
+# ----------------------------------------------------------------------------------------------------------------- main
 
 def default_out_dir(recipe, source):
     """data/NAME beside this file; a folder's or archive's own name for the recipe `folder`."""
     name = recipe
     if recipe == 'folder':
-        name = re.sub(r'[^A-Za-z0-9_.-]', '_', re.sub(r'(\.(zip|tar|tgz|gz|bz2|xz))+$', '', os.path.basename(os.path.abspath(source))))
+        name = re.sub(r'[^A-Za-z0-9_.-]', '_',
+                      re.sub(r'(\.(zip|tar|tgz|gz|bz2|xz))+$', '', os.path.basename(os.path.abspath(source))))
     return os.path.join('data', name or 'folder')
 
 
@@ -633,7 +657,7 @@ def run(argv):
         prepare(RECIPES[recipe](settings), settings)
     except DataError:
         if os.path.isdir(settings.out_dir) and not any(file.endswith('.npz') for file in os.listdir(settings.out_dir)):
-            remove_set(settings.out_dir)                                    # not one whole shard: nothing half-written stays
+            remove_set(settings.out_dir)                            # not one whole shard: nothing half-written stays
         raise
 
 

@@ -3,8 +3,9 @@
     python pretrain.py config/demo.py
     torchrun --nproc_per_node=4 pretrain.py config/as2m.py
 
-Settings are the names below and the fields of model.ASDAConfig; override them in a config file or with --key=value. Every number
-of a run is a function of its settings and data: a resumed run, or one on another number of processes, computes the same.
+Settings are the names below and the fields of model.ASDAConfig; override them in a config file or with --key=value.
+Every number of a run is a function of its settings and data: a resumed run, or one on another number of processes,
+computes the same.
 """
 import dataclasses
 import math
@@ -31,7 +32,8 @@ leave_out = ''                  # SET/FOLD parts of them to leave out, separated
 norm_mean = None                # log-mel mean; None: of the chosen clips
 norm_std = None                 # log-mel standard deviation; None: of the chosen clips
 window = 'hamming'              # analysis window: hamming (paper) or hanning (authors' code)
-short_clips = 'pad'             # clips shorter than the input: pad with zeros, or join with other clips until it is full
+short_clips = 'pad'             # clips shorter than the input: pad with zeros, or join with other clips
+                                # until it is full
 seed = 1                        # decides on everything random
 max_steps = 400000              # updates
 batch_size = 48                 # clips of one update, over all processes and accumulated parts
@@ -60,8 +62,8 @@ workers = 2                     # processes that read clips ahead; 0: none
 threads = 0                     # CPU threads of one process; 0: PyTorch's choice
 
 # Settings that may differ when a run goes on, since they do not change its numbers.
-FREE_SETTINGS = ('out_dir', 'resume', 'overwrite', 'data_dir', 'eval_interval', 'eval_clips', 'log_interval', 'save_interval', 'keep',
-                 'device', 'workers', 'threads', 'accumulate', 'eval_dataset')
+FREE_SETTINGS = ('out_dir', 'resume', 'overwrite', 'data_dir', 'eval_interval', 'eval_clips', 'log_interval',
+                 'save_interval', 'keep', 'device', 'workers', 'threads', 'accumulate', 'eval_dataset')
 
 
 def model_config(settings):
@@ -73,18 +75,21 @@ def model_config(settings):
     rows, columns = config.grid
     patches = rows * columns
     if config.mask_block > min(rows, columns):
-        raise configurator.ConfigError(f'mask_block = {config.mask_block} does not fit the {rows} x {columns} grid of patches of {config.frames} frames')
+        raise configurator.ConfigError(f'mask_block = {config.mask_block} does not fit the {rows} x {columns} grid '
+                                       f'of patches of {config.frames} frames')
     blocks = int(patches * (1 - config.mask_ratio + config.mask_adjust) / config.mask_block ** 2)
     kept = int(patches * (1 - config.mask_ratio))
     if not blocks or not kept:
-        raise configurator.ConfigError(f'{patches} patches keep {kept} at mask_ratio = {config.mask_ratio}: no block of {config.mask_block} x '
-                                       f'{config.mask_block} fits; set a smaller mask_block or longer frames')
+        raise configurator.ConfigError(f'{patches} patches keep {kept} at mask_ratio = {config.mask_ratio}: '
+                                       f'no block of {config.mask_block} x {config.mask_block} fits; '
+                                       'set a smaller mask_block or longer frames')
     return config
 
 
 def check(settings, world):
     if settings.batch_size % (world * settings.accumulate):
-        raise configurator.ConfigError(f'batch_size = {settings.batch_size} is not divisible by {world} processes x accumulate = {settings.accumulate}')
+        raise configurator.ConfigError(f'batch_size = {settings.batch_size} is not divisible by {world} processes '
+                                       f'x accumulate = {settings.accumulate}')
     for name in ('batch_size', 'accumulate', 'max_steps', 'log_interval', 'save_interval', 'keep'):
         if getattr(settings, name) < 1:
             raise configurator.ConfigError(f'{name} = {getattr(settings, name)} must be at least 1')
@@ -95,7 +100,8 @@ def check(settings, world):
     if settings.seed < 0:
         raise configurator.ConfigError(f'seed = {settings.seed} must not be negative')
     if not settings.warmup_steps < settings.max_steps:
-        raise configurator.ConfigError(f'warmup_steps = {settings.warmup_steps} must be less than max_steps = {settings.max_steps}')
+        raise configurator.ConfigError(f'warmup_steps = {settings.warmup_steps} must be less than max_steps '
+                                       f'= {settings.max_steps}')
 
 
 def lr_at(step, settings):
@@ -117,11 +123,13 @@ def make_optimizer(model, settings, process):
     vectors = [p for p in parameters.values() if p.squeeze().ndim <= 1]
     matrices = [p for p in parameters.values() if p.squeeze().ndim > 1]
     assert sum(p.numel() for p in vectors + matrices) == count_parameters(model)
-    process.print(f'AdamW: {len(matrices)} matrices ({sum(p.numel() for p in matrices):,} parameters) decay, {len(vectors)} vectors '
-                  f'({sum(p.numel() for p in vectors):,}) {"decay too" if settings.decay_vectors else "do not"}')
+    process.print(f'AdamW: {len(matrices)} matrices ({sum(p.numel() for p in matrices):,} parameters) decay, '
+                  f'{len(vectors)} vectors ({sum(p.numel() for p in vectors):,}) '
+                  f'{"decay too" if settings.decay_vectors else "do not"}')
     groups = [{'params': matrices, 'weight_decay': settings.weight_decay},
               {'params': vectors, 'weight_decay': settings.weight_decay if settings.decay_vectors else 0.0}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(settings.beta1, settings.beta2), eps=1e-8, fused=process.device.type == 'cuda')
+    return torch.optim.AdamW(groups, lr=0.0, betas=(settings.beta1, settings.beta2), eps=1e-8,
+                             fused=process.device.type == 'cuda')
 
 
 def training_clips(settings, process):
@@ -141,7 +149,8 @@ def forward_backward(network, spec, mask, noise, settings, autocast):
     """
     parts = settings.accumulate
     totals = {}
-    for i, (part_spec, part_mask, part_noise) in enumerate(zip(spec.chunk(parts), mask.chunk(parts), noise.chunk(parts))):
+    for i, (part_spec, part_mask, part_noise) in enumerate(
+            zip(spec.chunk(parts), mask.chunk(parts), noise.chunk(parts))):
         if isinstance(network, DistributedDataParallel):
             network.require_backward_grad_sync = i == parts - 1             # the processes average their gradients once
         with autocast():
@@ -153,10 +162,11 @@ def forward_backward(network, spec, mask, noise, settings, autocast):
 
 
 def mask_noise(settings, config, step, places, device):
-    """(clips * n_students, P, D) N(0, mask_noise^2), what the decoder gets at masked places; drawn clip by clip for its place."""
+    """(clips * n_students, P, D) N(0, mask_noise^2), what the decoder gets at masked places;
+    drawn clip by clip for its place."""
     shape = (config.n_students, math.prod(config.grid), config.n_embd)
-    return torch.cat([torch.randn(shape, generator=data.torch_random(device, settings.seed, 'noise', step, place), device=device)
-                      for place in places]) * config.mask_noise
+    return torch.cat([torch.randn(shape, generator=data.torch_random(device, settings.seed, 'noise', step, place),
+                                  device=device) for place in places]) * config.mask_noise
 
 
 def train(settings):
@@ -170,16 +180,18 @@ def train(settings):
     mean = mean if settings.norm_mean is None else settings.norm_mean
     std = std if settings.norm_std is None else settings.norm_std
     join = settings.short_clips == 'join'
-    input_info = {'window': settings.window, 'mean': mean, 'std': std, 'repeat': join, 'fingerprint': clips.fingerprint()}
+    input_info = {'window': settings.window, 'mean': mean, 'std': std, 'repeat': join,
+                  'fingerprint': clips.fingerprint()}
     autocast, dtype_name = runtime.autocast(process, settings.dtype)
     process.print(configurator.show(settings))
-    process.print(f'{len(clips):,} clips, {clips.length.sum() / data.SAMPLE_RATE / 3600:.2f} hours, log-mel mean {mean:.3f}, std {std:.3f}; '
-                  f'{dtype_name}; {runtime.provenance(process)}')
+    process.print(f'{len(clips):,} clips, {clips.length.sum() / data.SAMPLE_RATE / 3600:.2f} hours, '
+                  f'log-mel mean {mean:.3f}, std {std:.3f}; {dtype_name}; {runtime.provenance(process)}')
 
     torch.manual_seed(settings.seed)
     model = ASDA(config).to(process.device)
     process.print(f'{count_parameters(model):,} trainable parameters; {config.grid[0]} x {config.grid[1]} patches, '
-                  f'{int(math.prod(config.grid) * (1 - config.mask_ratio))} of them kept by each of {config.n_students} students')
+                  f'{int(math.prod(config.grid) * (1 - config.mask_ratio))} of them kept by each '
+                  f'of {config.n_students} students')
     optimizer = make_optimizer(model, settings, process)
     first = 0
     if resuming:
@@ -203,21 +215,24 @@ def train(settings):
     def save():
         if process.is_main:
             runtime.save_checkpoint(os.path.join(settings.out_dir, 'ckpt.pt'), {
-                'model': model.state_dict(), 'config': dataclasses.asdict(config), 'optimizer': optimizer.state_dict(), 'step': done,
-                'settings': vars(settings), 'metrics': {name: float(value) for name, value in measures.items()}, 'input': input_info}, settings.keep)
+                'model': model.state_dict(), 'config': dataclasses.asdict(config), 'optimizer': optimizer.state_dict(),
+                'step': done, 'settings': vars(settings),
+                'metrics': {name: float(value) for name, value in measures.items()},
+                'input': input_info}, settings.keep)
 
     for step, batch in zip(range(first, settings.max_steps), loader):
         for group in optimizer.param_groups:
             group['lr'] = lr_at(step, settings)
         pcm, lengths = (batch[name].to(process.device, non_blocking=True) for name in ('pcm', 'lengths'))
         spec = data.log_mel(pcm, lengths, config.frames, settings.window, mean, std)         # (clips, frames, 128)
-        mask = data.block_masks(settings.batch_size, config.n_students, config.grid, config.mask_ratio, config.mask_block,
-                                data.torch_random(process.device, settings.seed, 'mask', step), config.mask_adjust)[places.start:places.stop]
+        mask = data.block_masks(settings.batch_size, config.n_students, config.grid, config.mask_ratio,
+                                config.mask_block, data.torch_random(process.device, settings.seed, 'mask', step),
+                                config.mask_adjust)[places.start:places.stop]
         noise = mask_noise(settings, config, step, places, process.device)
 
         measures = forward_backward(network, spec, mask, noise, settings, autocast)
         measures['grad_norm'] = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
-        finite = bool(torch.isfinite(measures['grad_norm']))                # the same on every process: gradients are averaged
+        finite = bool(torch.isfinite(measures['grad_norm']))        # the same on every process: gradients are averaged
         if finite:
             optimizer.step()
             model.update_teacher(ema_decay_at(step, settings))
@@ -228,8 +243,9 @@ def train(settings):
             process.print(f'warning: step {done} has a gradient that is not finite; skipped ({bad_steps} in a row)')
             if bad_steps >= settings.max_bad_steps:
                 shown = [batches.order.at(step * settings.batch_size + place) for place in list(places)[:8]]
-                raise runtime.RunError(f'{bad_steps} steps in a row were not finite; the last saw {", ".join(clips.select(shown).keys())}, ...; '
-                                       f'lower lr, or look at these clips; {settings.out_dir} holds the last checkpoint')
+                raise runtime.RunError(f'{bad_steps} steps in a row were not finite; '
+                                       f'the last saw {", ".join(clips.select(shown).keys())}, ...; lower lr, '
+                                       f'or look at these clips; {settings.out_dir} holds the last checkpoint')
 
         if done % settings.log_interval == 0 or done == settings.max_steps:
             report(done, measures, step, settings, process, log, clock)
@@ -237,8 +253,9 @@ def train(settings):
         if settings.eval_dataset and (last or settings.eval_interval and done % settings.eval_interval == 0):
             scores = monitor(model, settings, config, process, autocast)
             measures.update(scores)
-            process.print(f'step {done:,}: kNN accuracy on {settings.eval_dataset} (chance {scores["chance"]:.1%}): CLS {scores["knn_cls"]:.1%}, '
-                          f'patches {scores["knn_patches"]:.1%}; effective rank {scores["effective_rank"]:.1f} of {config.n_embd}')
+            process.print(f'step {done:,}: kNN accuracy on {settings.eval_dataset} (chance {scores["chance"]:.1%}): '
+                          f'CLS {scores["knn_cls"]:.1%}, patches {scores["knn_patches"]:.1%}; '
+                          f'effective rank {scores["effective_rank"]:.1f} of {config.n_embd}')
             log.write(step=done, **scores)
         stopping = stop.agreed()
         if last or stopping or done % settings.save_interval == 0:
@@ -251,28 +268,36 @@ def train(settings):
 
 def report(done, measures, step, settings, process, log, clock):
     """One line to the terminal and to log.jsonl, of the means over processes."""
-    values = process.mean(torch.stack([torch.as_tensor(value, dtype=torch.float32) for value in measures.values()])).tolist()
+    values = process.mean(torch.stack([torch.as_tensor(value, dtype=torch.float32)
+                                       for value in measures.values()])).tolist()
     values = dict(zip(measures, values))
     values.update(step=done, lr=lr_at(step, settings), ema=ema_decay_at(step, settings))
     speed = clock.per_second(done, settings.batch_size)
-    process.print(f'step {done:,}/{settings.max_steps:,}  loss {values["loss"]:.3f} = frame {values["frame"]:.3f} + utterance {values["utterance"]:.3f}  '
-                  f'explained {values["explained"]:.1%}  std {values["target_std"]:.2f} target {values["pred_std"]:.2f} prediction  '
-                  f'lr {values["lr"]:.1e}  ema {values["ema"]:.5f}  gradient {values["grad_norm"]:.2f}  {speed:.0f} clips/s  {clock.left(done)} left')
+    process.print(f'step {done:,}/{settings.max_steps:,}  loss {values["loss"]:.3f} = frame {values["frame"]:.3f} + '
+                  f'utterance {values["utterance"]:.3f}  explained {values["explained"]:.1%}  '
+                  f'std {values["target_std"]:.2f} target {values["pred_std"]:.2f} prediction  lr {values["lr"]:.1e}  '
+                  f'ema {values["ema"]:.5f}  gradient {values["grad_norm"]:.2f}  {speed:.0f} clips/s  '
+                  f'{clock.left(done)} left')
     log.write(**values, clips_per_second=speed, time=time.time())
 
 
 def resume_run(model, optimizer, settings, config, input_info, process):
-    """Load the newest checkpoint of out_dir into model and optimizer -> the step to go on from. Refuses another model or other data."""
+    """Load the newest checkpoint of out_dir into model and optimizer -> the step to go on from.
+    Refuses another model or other data."""
     state = runtime.latest_checkpoint(settings.out_dir, process)
     path = os.path.join(settings.out_dir, 'ckpt.pt')
-    other = [f'{name} {state["config"].get(name)!r} -> {value!r}' for name, value in dataclasses.asdict(config).items() if state['config'].get(name) != value]
+    other = [f'{name} {state["config"].get(name)!r} -> {value!r}'
+             for name, value in dataclasses.asdict(config).items() if state['config'].get(name) != value]
     if other:
-        raise runtime.CheckpointError(f'{path} is of another model ({", ".join(other)}): give the same settings, or another --out_dir')
+        raise runtime.CheckpointError(f'{path} is of another model ({", ".join(other)}): give the same settings, '
+                                      'or another --out_dir')
     if state['input']['fingerprint'] != input_info['fingerprint']:
-        raise runtime.CheckpointError(f'{path} was trained on other clips than {settings.dataset} holds now: put the data back, or start a new run')
+        raise runtime.CheckpointError(f'{path} was trained on other clips than {settings.dataset} holds now: '
+                                      'put the data back, or start a new run')
     changed = runtime.changed_settings(state['settings'], vars(settings), FREE_SETTINGS)
     if changed:
-        process.print(f'warning: changed since the checkpoint, so that this is no longer the same run: {", ".join(changed)}')
+        process.print('warning: changed since the checkpoint, so that this is no longer the same run: '
+                      f'{", ".join(changed)}')
     runtime.load_weights(model, state['model'], path)
     optimizer.load_state_dict(state['optimizer'])
     process.print(f'going on after step {state["step"]:,}')
@@ -280,13 +305,16 @@ def resume_run(model, optimizer, settings, config, input_info, process):
 
 
 def monitor(model, settings, config, process, autocast):
-    """kNN accuracy of the student's frozen features on a validation part of eval_dataset's training split, and their rank."""
+    """kNN accuracy of the student's frozen features on a validation part of eval_dataset's training split,
+    and their rank."""
     clips = data.open_clips([settings.eval_dataset], settings.data_dir)
     chosen = data.random(settings.seed, 'few_labels').permutation(len(clips))[:settings.eval_clips]
     train, valid = data.carve_validation(clips.select(chosen), 0.3)
     mean, std = train.statistics(settings.window)
-    spectrum = {'frames': config.frames, 'window': settings.window, 'mean': mean, 'std': std, 'repeat': settings.short_clips == 'join'}
-    (train_cls, train_patches), (valid_cls, valid_patches) = (features(model.encoder, part, spectrum, process, autocast) for part in (train, valid))
+    spectrum = {'frames': config.frames, 'window': settings.window, 'mean': mean, 'std': std,
+                'repeat': settings.short_clips == 'join'}
+    (train_cls, train_patches), (valid_cls, valid_patches) = (
+        features(model.encoder, part, spectrum, process, autocast) for part in (train, valid))
     return {'knn_cls': knn_accuracy(train_cls, train.label, valid_cls, valid.label),
             'knn_patches': knn_accuracy(train_patches, train.label, valid_patches, valid.label),
             'chance': float((valid.label == torch.from_numpy(valid.label).mode().values.item()).mean()),

@@ -49,7 +49,7 @@ def main(run):
             dist.destroy_process_group()
 
 
-# -------------------------------------------------------------------------------------------------- processes and devices
+# ------------------------------------------------------------------------------------------------ processes and devices
 
 @dataclass
 class Process:
@@ -85,9 +85,11 @@ def start(device='auto', threads=0):
     """Join the other processes (torchrun sets RANK, WORLD_SIZE, LOCAL_RANK) and choose the device: cuda, mps or cpu."""
     if threads:
         torch.set_num_threads(threads)
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
+    rank, world, local = (int(os.environ.get(name, default))
+                          for name, default in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
     if device == 'auto':
-        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() and world == 1 else 'cpu'
+        device = ('cuda' if torch.cuda.is_available() else
+                  'mps' if torch.backends.mps.is_available() and world == 1 else 'cpu')
     if device not in ('cpu', 'cuda', 'mps'):
         raise ConfigError(f'device = {device!r} is none of auto, cpu, cuda, mps')
     if device == 'cuda' and not torch.cuda.is_available() or device == 'mps' and not torch.backends.mps.is_available():
@@ -101,7 +103,8 @@ def start(device='auto', threads=0):
 
 
 def autocast(process, dtype):
-    """Precision of the forward pass: 'auto' is bfloat16 on a GPU that has it, else float32. -> a context maker and its name"""
+    """Precision of the forward pass: 'auto' is bfloat16 on a GPU that has it, else float32.
+    -> a context maker and its name"""
     if dtype not in ('auto', 'float32', 'bfloat16'):
         raise ConfigError(f'dtype = {dtype!r} is none of auto, float32, bfloat16')
     if dtype == 'auto':
@@ -117,15 +120,17 @@ def can_compile(process):
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=process.device))
         return True
     except Exception as error:
-        process.print(f'warning: torch.compile does not work here ({str(error).splitlines()[0][:100]}); running without it')
+        process.print(f'warning: torch.compile does not work here ({str(error).splitlines()[0][:100]}); '
+                      'running without it')
         return False
 
 
 def provenance(process):
     """Where a run happens: versions, device, threads, commit."""
-    device = torch.cuda.get_device_name() if process.device.type == 'cuda' else platform.processor() or platform.machine()
-    return {'torch': torch.__version__, 'python': platform.python_version(), 'device': device, 'processes': process.world,
-            'threads': torch.get_num_threads(), 'commit': commit()}
+    device = (torch.cuda.get_device_name() if process.device.type == 'cuda'
+              else platform.processor() or platform.machine())
+    return {'torch': torch.__version__, 'python': platform.python_version(), 'device': device,
+            'processes': process.world, 'threads': torch.get_num_threads(), 'commit': commit()}
 
 
 def commit():
@@ -135,7 +140,8 @@ def commit():
         head = subprocess.run([*git, 'rev-parse', 'HEAD'], capture_output=True, text=True, timeout=10)
         if head.returncode:
             return ''
-        changed = subprocess.run([*git, 'status', '--porcelain', '-uno'], capture_output=True, text=True, timeout=10).stdout
+        changed = subprocess.run([*git, 'status', '--porcelain', '-uno'], capture_output=True, text=True,
+                                 timeout=10).stdout
         return head.stdout.strip() + ('+' if changed.strip() else '')
     except (OSError, subprocess.SubprocessError):
         return ''
@@ -163,7 +169,7 @@ class Stop:
         return answer is not None and bool(answer)
 
 
-# ------------------------------------------------------------------------------------------------------------- checkpoints
+# ---------------------------------------------------------------------------------------------------------- checkpoints
 
 def check_out_dir(out_dir, resume, overwrite):
     """Refuse a folder that holds a run unless it is to go on or to go. -> True if there is a run to resume."""
@@ -173,12 +179,14 @@ def check_out_dir(out_dir, resume, overwrite):
     if resume and not holds_run:
         raise ConfigError(f'nothing to resume in {out_dir}: run without --resume')
     if holds_run and not resume and not overwrite:
-        raise ConfigError(f'{out_dir} holds a run: add --resume to go on, --overwrite to start again, or choose another --out_dir')
+        raise ConfigError(f'{out_dir} holds a run: add --resume to go on, --overwrite to start again, '
+                          'or choose another --out_dir')
     return resume
 
 
 def save_checkpoint(path, state, keep=2):
-    """Write to a temporary name, fsync, rename; of earlier ones the newest keep - 1 stay as NAME.1.pt, NAME.2.pt, ..."""
+    """Write to a temporary name, fsync, rename;
+    of earlier ones the newest keep - 1 stay as NAME.1.pt, NAME.2.pt, ..."""
     def rotate():
         for older in range(keep - 1, 0, -1):                                # ckpt.pt -> ckpt.1.pt -> ckpt.2.pt ...
             newer = numbered(path, older - 1)
@@ -187,13 +195,14 @@ def save_checkpoint(path, state, keep=2):
     try:
         with replacing(path, 'wb', before_rename=rotate) as f:
             torch.save({'version': CHECKPOINT_VERSION, 'commit': commit(), **state}, f)
-    except (OSError, RuntimeError) as error:                                # torch.save reports a full disk as RuntimeError
+    except (OSError, RuntimeError) as error:                            # torch.save reports a full disk as RuntimeError
         raise RunError(f'could not write the checkpoint {path} ({error}); the one before it is intact') from None
 
 
 @contextlib.contextmanager
 def replacing(path, mode='w', before_rename=lambda: None):
-    """A file that appears under its name only when it is whole: temporary name, fsync, rename; nothing stays on failure."""
+    """A file that appears under its name only when it is whole: temporary name, fsync, rename;
+    nothing stays on failure."""
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     temporary = path + '.tmp'
     try:
@@ -236,7 +245,8 @@ def load_checkpoint(path, wanted=('model', 'config', 'settings')):
     if missing:
         raise CheckpointError(f'{path} is not a checkpoint of this code: it has no {", ".join(missing)}')
     if state.get('version') != CHECKPOINT_VERSION:
-        raise CheckpointError(f'{path} is a checkpoint of version {state.get("version")}, this code reads {CHECKPOINT_VERSION}')
+        raise CheckpointError(f'{path} is a checkpoint of version {state.get("version")}, '
+                              f'this code reads {CHECKPOINT_VERSION}')
     return state
 
 
@@ -260,12 +270,14 @@ def load_weights(module, state, path):
     for name in own:
         if name not in state:
             raise CheckpointError(f'{path}: the weight {name} is missing')
-        if not isinstance(state[name], torch.Tensor) or state[name].shape != own[name].shape or not state[name].is_floating_point():
+        if (not isinstance(state[name], torch.Tensor) or state[name].shape != own[name].shape
+                or not state[name].is_floating_point()):
             found = tuple(state[name].shape) if isinstance(state[name], torch.Tensor) else type(state[name]).__name__
             raise CheckpointError(f'{path}: the weight {name} is {found}, the model needs {tuple(own[name].shape)}')
     extra = [name for name in state if name not in own]
     if extra:
-        raise CheckpointError(f'{path}: unexpected weight {extra[0]}' + (f' and {len(extra) - 1} more' if len(extra) > 1 else ''))
+        raise CheckpointError(f'{path}: unexpected weight {extra[0]}'
+                              + (f' and {len(extra) - 1} more' if len(extra) > 1 else ''))
     module.load_state_dict(state)
 
 
@@ -275,7 +287,7 @@ def changed_settings(old, new, ignored):
             if name not in ignored and name in old and old[name] != value]
 
 
-# --------------------------------------------------------------------------------------------------------------------- log
+# ------------------------------------------------------------------------------------------------------------------ log
 
 class Log:
     """out_dir/log.jsonl, one JSON object a line, written by the main process and flushed at each."""

@@ -1,4 +1,5 @@
-"""Small prepared sets and settings that the tests share. Everything is generated; ../shared is used only where it exists."""
+"""Small prepared sets and settings that the tests share. Everything is generated;
+../shared is used only where it exists."""
 import contextlib
 import io
 import os
@@ -13,10 +14,11 @@ import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHARED = os.path.join(os.path.dirname(ROOT), 'shared')
-needs_shared = pytest.mark.skipif(not os.path.isdir(os.path.join(SHARED, 'audio')), reason='no ../shared/audio with real recordings')
+needs_shared = pytest.mark.skipif(not os.path.isdir(os.path.join(SHARED, 'audio')),
+                                  reason='no ../shared/audio with real recordings')
 
-TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--frames=64', '--decoder_layers=1', '--decoder_groups=4', '--n_students=2',
-        '--mask_block=2', '--workers=0', '--device=cpu']
+TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--frames=64', '--decoder_layers=1', '--decoder_groups=4',
+        '--n_students=2', '--mask_block=2', '--workers=0', '--device=cpu']
 
 
 @pytest.fixture(autouse=True)
@@ -54,9 +56,10 @@ def call(run, *argv):
 
 
 def is_one_line_error(result, *words):
-    """Exit code 2 and exactly one line on stderr that starts with 'error:' and holds the words (progress bars apart)."""
-    lines = [line for line in result.err.replace('\r', '\n').splitlines() if line.strip() and 'it/s]' not in line and 'clip/s]' not in line
-             and '?clip' not in line]
+    """Exit code 2 and exactly one line on stderr that starts with 'error:' and holds the words (progress bars
+    apart)."""
+    lines = [line for line in result.err.replace('\r', '\n').splitlines()
+             if line.strip() and 'it/s]' not in line and 'clip/s]' not in line and '?clip' not in line]
     assert result.code == 2, (result.code, result.err)
     assert len(lines) == 1 and lines[0].startswith('error: '), lines
     assert all(word in lines[0] for word in words), lines
@@ -79,6 +82,7 @@ def data_dir(tmp_path_factory):
     for i in range(24):
         name = ('low', 'high')[i % 2]
         t = np.arange(rng.integers(6000, 30000)) / 16000
-        write_wav(f'{root}/source/{name}/{i}.wav', 0.3 * np.sin(2 * np.pi * (300, 2000)[i % 2] * t) + 0.05 * rng.standard_normal(len(t)))
+        write_wav(f'{root}/source/{name}/{i}.wav',
+                  0.3 * np.sin(2 * np.pi * (300, 2000)[i % 2] * t) + 0.05 * rng.standard_normal(len(t)))
     assert call(prepare.run, 'folder', f'--source={root}/source', '--workers=0', f'--out_dir={root}/noises').code == 0
     return str(root)

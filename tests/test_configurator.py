@@ -36,9 +36,10 @@ def test_defaults_and_comments(path):
 
 
 @pytest.mark.parametrize('argv, key, value', [
-    (['--lr=2'], 'lr', 2.0), (['--lr', '2e-3'], 'lr', 0.002), (['--steps=1e3'], 'steps', 1000), (['--name=a=b,c'], 'name', 'a=b,c'),
-    (['--name=12'], 'name', '12'), (['--quick'], 'quick', True), (['--quick', 'false'], 'quick', False), (['--quick=True'], 'quick', True),
-    (['--limit=5'], 'limit', 5), (['--limit=abc'], 'limit', 'abc'), (['--lr=-1'], 'lr', -1.0), (['--name='], 'name', ''),
+    (['--lr=2'], 'lr', 2.0), (['--lr', '2e-3'], 'lr', 0.002), (['--steps=1e3'], 'steps', 1000),
+    (['--name=a=b,c'], 'name', 'a=b,c'), (['--name=12'], 'name', '12'), (['--quick'], 'quick', True),
+    (['--quick', 'false'], 'quick', False), (['--quick=True'], 'quick', True), (['--limit=5'], 'limit', 5),
+    (['--limit=abc'], 'limit', 'abc'), (['--lr=-1'], 'lr', -1.0), (['--name='], 'name', ''),
     (['--lr=1', '--lr=3'], 'lr', 3.0), (['--quick', '--lr=3'], 'quick', True)])
 def test_command_line(path, argv, key, value):
     got = getattr(configure(path, argv), key)
@@ -46,8 +47,9 @@ def test_command_line(path, argv, key, value):
 
 
 @pytest.mark.parametrize('argv, message', [
-    (['--lrr=1'], "did you mean 'lr'"), (['--steps=abc'], 'steps'), (['--steps=1.5'], 'int'), (['--quick=maybe'], 'bool'), (['--lr=True'], 'lr'),
-    (['--lr'], 'needs a value'), (['--lr', '--steps=2'], 'needs a value'), (['nothing.py'], 'nothing.py'), (['--HIDDEN=1'], 'HIDDEN'),
+    (['--lrr=1'], "did you mean 'lr'"), (['--steps=abc'], 'steps'), (['--steps=1.5'], 'int'),
+    (['--quick=maybe'], 'bool'), (['--lr=True'], 'lr'), (['--lr'], 'needs a value'),
+    (['--lr', '--steps=2'], 'needs a value'), (['nothing.py'], 'nothing.py'), (['--HIDDEN=1'], 'HIDDEN'),
     (['--name', '--lr=1'], 'needs a value'), (['--lr=None'], 'not None')])
 def test_errors(path, argv, message):
     with pytest.raises(ConfigError, match=message):
@@ -62,8 +64,8 @@ def test_override_file(path, tmp_path):
 
 
 @pytest.mark.parametrize('text, message', [
-    ('stepz = 4', "stepz.*config.py.*did you mean 'steps'"), ('steps = "4"', 'steps'), ('steps = (', 'not valid Python'),
-    ('steps = 1 / 0', 'ZeroDivisionError'), ('steps = True', 'steps')])
+    ('stepz = 4', "stepz.*config.py.*did you mean 'steps'"), ('steps = "4"', 'steps'),
+    ('steps = (', 'not valid Python'), ('steps = 1 / 0', 'ZeroDivisionError'), ('steps = True', 'steps')])
 def test_override_file_errors(path, tmp_path, text, message):
     (tmp_path / 'config.py').write_text(text)
     with pytest.raises(ConfigError, match=message):

@@ -1,4 +1,5 @@
-"""Spectrograms against torchaudio, masks against a loop, order and augmentation.   python -m pytest tests/test_data.py"""
+"""Spectrograms against torchaudio, masks against a loop, order and augmentation.
+   python -m pytest tests/test_data.py"""
 import io
 import json
 import os
@@ -21,8 +22,8 @@ from .conftest import SHARED, needs_shared
 
 
 def reference_fbank(wave, window):
-    return kaldi.fbank(wave[None], htk_compat=True, sample_frequency=16000, use_energy=False, window_type=window, num_mel_bins=128, dither=0.0,
-                       frame_shift=10)
+    return kaldi.fbank(wave[None], htk_compat=True, sample_frequency=16000, use_energy=False, window_type=window,
+                       num_mel_bins=128, dither=0.0, frame_shift=10)
 
 
 def check_batch(waves, window):
@@ -86,7 +87,7 @@ def test_log_mel_pads_cuts_and_normalises():
             assert torch.equal(x[row, len(want):], torch.full((frames - len(want), 128), 1.0))      # (0 + 4) / 4
     quiet = data.log_mel(pcm, lengths, 16, 'hamming', 0.0, 0.5)
     louder = data.log_mel(pcm, lengths, 16, 'hamming', 0.0, 0.5, gain=torch.tensor([2.0, 2.0]))
-    heard = quiet > -15                                                     # the lowest bands hold no FFT bin: always the floor
+    heard = quiet > -15                                             # the lowest bands hold no FFT bin: always the floor
     assert heard.float().mean() > 0.95
     torch.testing.assert_close(louder[heard], quiet[heard] + 2 * np.log(2), atol=2e-3, rtol=0)
 
@@ -96,7 +97,7 @@ def test_a_clip_of_one_window_or_of_silence():
     assert torch.isfinite(x).all() and float(x[0, 0, 0]) == pytest.approx(np.log(torch.finfo(torch.float32).eps))
 
 
-# ------------------------------------------------------------------------------------------------------------------- masks
+# ---------------------------------------------------------------------------------------------------------------- masks
 
 def masks(grid, n_students=16, batch=4, ratio=0.8, block=5, seed=0, adjust=0.07):
     return data.block_masks(batch, n_students, grid, ratio, block, torch.Generator().manual_seed(seed), adjust)
@@ -115,7 +116,8 @@ def test_views_differ_and_a_seed_repeats():
     assert torch.equal(mask, masks((63, 8))) and not torch.equal(mask, masks((63, 8), seed=1))
 
 
-@pytest.mark.parametrize('grid, block, ratio', [((63, 8), 5, 0.8), ((8, 8), 3, 0.8), ((8, 8), 2, 0.8), ((32, 8), 4, 0.6), ((20, 8), 5, 0.5)])
+@pytest.mark.parametrize('grid, block, ratio', [((63, 8), 5, 0.8), ((8, 8), 3, 0.8), ((8, 8), 2, 0.8),
+                                                ((32, 8), 4, 0.6), ((20, 8), 5, 0.5)])
 def test_block_structure_equals_a_loop(grid, block, ratio):
     """The same draws, block by block: what is kept lies inside the blocks, or the blocks lie inside it."""
     rows, columns = grid
@@ -151,7 +153,7 @@ def test_masks_of_a_base_batch_take_less_than_50_ms_on_one_core():
     assert min(times) < 0.05, times
 
 
-# --------------------------------------------------------------------------------------------------------------- the clips
+# ------------------------------------------------------------------------------------------------------------ the clips
 
 def test_order_is_a_permutation_per_epoch_from_any_start():
     order = [data.Order(7, seed=1).at(position) for position in range(21)]
@@ -171,7 +173,8 @@ def test_batches_do_not_depend_on_the_number_of_processes_or_workers(data_dir):
 
 
 def finetune_batches(clips, places, **options):
-    return data.FinetuneBatches(clips, 64, 8, places, seed=3, n_layer=2, roll=True, noise=True, mask_ratio=0.3, mixup=0.5, **options)
+    return data.FinetuneBatches(clips, 64, 8, places, seed=3, n_layer=2, roll=True, noise=True, mask_ratio=0.3,
+                                mixup=0.5, **options)
 
 
 def test_augmented_batches_do_not_depend_on_the_number_of_processes(data_dir):
@@ -179,12 +182,14 @@ def test_augmented_batches_do_not_depend_on_the_number_of_processes(data_dir):
     whole = finetune_batches(clips, data.mirrored_places(8, 0, 1))
     for step in range(4):
         batch = whole[step]
-        spec, labels = data.augment(data.log_mel(batch['pcm'], batch['lengths'], 64, 'hamming', -4, 4, batch['gain']), batch)
+        spec, labels = data.augment(data.log_mel(batch['pcm'], batch['lengths'], 64, 'hamming', -4, 4, batch['gain']),
+                                    batch)
         for part in range(2):
             places = data.mirrored_places(8, part, 2)
             one = finetune_batches(clips, places)[step]
             assert one['label_sum'] == batch['label_sum'] and one['mix'] == batch['mix']
-            spec1, labels1 = data.augment(data.log_mel(one['pcm'], one['lengths'], 64, 'hamming', -4, 4, one['gain']), one)
+            spec1, labels1 = data.augment(data.log_mel(one['pcm'], one['lengths'], 64, 'hamming', -4, 4, one['gain']),
+                                          one)
             assert torch.equal(spec1, spec[places]) and torch.equal(labels1, labels[places])
 
 
@@ -197,8 +202,9 @@ def test_mirrored_places_share_the_batch_and_hold_their_partners():
 
 
 def plain_draws(n, frames, **changes):
-    batch = {'mix': torch.tensor(1.0), 'labels': torch.eye(n), 'bands': torch.zeros(n, 2, dtype=torch.int64), 'times': torch.zeros(n, 2, dtype=torch.int64),
-             'noise': torch.zeros(n), 'noise_seed': torch.arange(n), 'shift': torch.zeros(n, dtype=torch.int64)}
+    batch = {'mix': torch.tensor(1.0), 'labels': torch.eye(n), 'bands': torch.zeros(n, 2, dtype=torch.int64),
+             'times': torch.zeros(n, 2, dtype=torch.int64), 'noise': torch.zeros(n), 'noise_seed': torch.arange(n),
+             'shift': torch.zeros(n, dtype=torch.int64)}
     return {**batch, **changes}
 
 
@@ -206,7 +212,8 @@ def test_augmentations_one_by_one():
     x = torch.randn(3, 32, 128)
     same, labels = data.augment(x, plain_draws(3, 32))
     assert torch.equal(same, x) and torch.equal(labels, torch.eye(3))
-    masked, _ = data.augment(x, plain_draws(3, 32, bands=torch.tensor([[0, 5], [7, 7], [100, 128]]), times=torch.tensor([[2, 4], [0, 0], [31, 32]])))
+    masked, _ = data.augment(x, plain_draws(3, 32, bands=torch.tensor([[0, 5], [7, 7], [100, 128]]),
+                                            times=torch.tensor([[2, 4], [0, 0], [31, 32]])))
     want = x.clone()
     want[0, :, :5] = want[0, 2:4] = want[2, :, 100:] = want[2, 31:] = 0
     assert torch.equal(masked, want)
@@ -224,12 +231,13 @@ def test_draws_have_the_stated_ranges(data_dir):
     draws = [batches.draw(np.random.default_rng(i)) for i in range(2000)]
     widths = np.array([[d['bands'][1] - d['bands'][0], d['times'][1] - d['times'][0]] for d in draws])
     assert widths.min(axis=0).tolist() == [0, 0] and widths.max() <= 0.3 * 128
-    assert widths[:, 0].max() in (37, 38) and widths[:, 1].max() in (18, 19)            # floors of U[0, 38.4) and U[0, 19.2)
+    assert widths[:, 0].max() in (37, 38) and widths[:, 1].max() in (18, 19)    # floors of U[0, 38.4) and U[0, 19.2)
     assert abs(widths[:, 0].mean() - (0.3 * 64 - 0.5)) < 1
     assert min(d['bands'][0] for d in draws) == 0 and max(d['bands'][1] for d in draws) >= 126
     gains = [d['gain'] for d in draws]
     assert abs(np.mean(gains) - 1) < 0.02 and 0.5 < min(gains) and max(gains) < 1.5
-    assert {d['shift'] for d in draws} == set(range(-10, 10)) and 0 <= min(d['noise'] for d in draws) and max(d['noise'] for d in draws) < 0.1
+    assert ({d['shift'] for d in draws} == set(range(-10, 10))
+            and 0 <= min(d['noise'] for d in draws) and max(d['noise'] for d in draws) < 0.1)
 
 
 def test_statistics_pool_the_real_frames_of_a_union(data_dir):
@@ -251,10 +259,11 @@ def test_splits_are_disjoint_stable_and_counted(data_dir):
     again, other = (data.task_splits('demo', data_dir, labels_per_class=3, seed=seed)[0] for seed in (1, 2))
     assert again.keys() == train.keys() != other.keys()
     assert set(data.task_splits('demo', data_dir, labels_per_class=3, seed=2)[1].keys()) == sets[1]
-    assert train.fingerprint() != other.fingerprint() == data.task_splits('demo', data_dir, labels_per_class=3, seed=2)[0].fingerprint()
+    assert (train.fingerprint() != other.fingerprint()
+            == data.task_splits('demo', data_dir, labels_per_class=3, seed=2)[0].fingerprint())
 
 
-# --------------------------------------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------------------------------------------------ bad input
 
 def rewrite_meta(folder, **changes):
     path = os.path.join(folder, 'meta.json')
@@ -298,8 +307,8 @@ def damage(kind, folder):
         rewrite_shard(folder, lengths=np.array([2 ** 62] * 20))
 
 
-@pytest.mark.parametrize('kind', ['no meta', 'torn meta', 'old version', 'no classes', 'fewer classes', 'no pcm', 'short pcm', 'torn npz', 'objects',
-                                  'negative offset', 'huge length'])
+@pytest.mark.parametrize('kind', ['no meta', 'torn meta', 'old version', 'no classes', 'fewer classes', 'no pcm',
+                                  'short pcm', 'torn npz', 'objects', 'negative offset', 'huge length'])
 def test_a_damaged_set_is_named(data_dir, tmp_path, kind):
     shutil.copytree(os.path.join(data_dir, 'noises'), tmp_path / 'noises')
     damage(kind, str(tmp_path / 'noises'))
@@ -308,9 +317,12 @@ def test_a_damaged_set_is_named(data_dir, tmp_path, kind):
 
 
 @pytest.mark.parametrize('options, message', [
-    ({'names': []}, 'names no prepared set'), ({'names': ['absent']}, 'absent'), ({'names': ['noises'], 'splits': ['valid']}, 'no clips left'),
-    ({'names': ['noises'], 'leave_out': ['noises']}, 'leave_out'), ({'names': ['noises'], 'leave_out': ['demo/1']}, 'leave_out'),
-    ({'names': ['noises'], 'leave_out': ['noises/9']}, "no fold '9'"), ({'names': ['noises'], 'only_fold': '3'}, "fold '3'")])
+    ({'names': []}, 'names no prepared set'), ({'names': ['absent']}, 'absent'),
+    ({'names': ['noises'], 'splits': ['valid']}, 'no clips left'),
+    ({'names': ['noises'], 'leave_out': ['noises']}, 'leave_out'),
+    ({'names': ['noises'], 'leave_out': ['demo/1']}, 'leave_out'),
+    ({'names': ['noises'], 'leave_out': ['noises/9']}, "no fold '9'"),
+    ({'names': ['noises'], 'only_fold': '3'}, "fold '3'")])
 def test_wrong_selections_are_named(data_dir, options, message):
     with pytest.raises(DataError, match=message):
         data.open_clips(data_dir=data_dir, **options)

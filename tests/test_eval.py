@@ -20,7 +20,7 @@ FIXTURES = os.path.join(ROOT, 'tests', 'fixtures')
 CPU = runtime.Process(0, 1, torch.device('cpu'))
 
 
-# ----------------------------------------------------------------------------------------------------------------- metrics
+# -------------------------------------------------------------------------------------------------------------- metrics
 
 @pytest.mark.parametrize('levels', [2, 5, 1000])
 def test_average_precision_is_scikit_learns(levels):
@@ -29,7 +29,8 @@ def test_average_precision_is_scikit_learns(levels):
         labels = np.zeros(200, bool)
         labels[rng.permutation(200)[:positives]] = True
         scores = rng.integers(levels, size=200) / levels                    # few levels: many ties
-        assert evaluation.average_precision(labels, scores) == pytest.approx(average_precision_score(labels, scores), abs=1e-12)
+        assert evaluation.average_precision(labels, scores) == pytest.approx(
+            average_precision_score(labels, scores), abs=1e-12)
 
 
 def test_map_leaves_out_classes_without_a_positive():
@@ -67,17 +68,21 @@ def test_knn_is_scikit_learns_but_for_ties():
 @pytest.mark.parametrize('strength', [1e-3, 1e-1])
 def test_logistic_regression_is_scikit_learns(strength):
     x, y = blobs(0)
-    ours = evaluation.fit_logistic(torch.from_numpy(x).double(), torch.eye(4)[y].double(), strength, False, torch.zeros(11, 4, dtype=torch.float64))
+    ours = evaluation.fit_logistic(torch.from_numpy(x).double(), torch.eye(4)[y].double(), strength, False,
+                                   torch.zeros(11, 4, dtype=torch.float64))
     theirs = LogisticRegression(C=1 / (strength * len(x)), tol=1e-10, max_iter=10000).fit(x.astype(np.float64), y)
-    np.testing.assert_allclose(x @ ours[1:].numpy() + ours[0].numpy() - (x @ ours[1:].numpy() + ours[0].numpy()).mean(1, keepdims=True),
-                               theirs.decision_function(x) - theirs.decision_function(x).mean(1, keepdims=True), atol=2e-3)
+    np.testing.assert_allclose(x @ ours[1:].numpy() + ours[0].numpy()
+                               - (x @ ours[1:].numpy() + ours[0].numpy()).mean(1, keepdims=True),
+                               theirs.decision_function(x) - theirs.decision_function(x).mean(1, keepdims=True),
+                               atol=2e-3)
 
 
 def test_probe_chooses_its_strength_on_the_validation_part():
     (x, y), (v, w), (t, z) = blobs(0, 40, d=40), blobs(1, 400, d=40), blobs(2, 400, d=40)
     logits, strength = evaluation.linear_probe((x, np.eye(4)[y]), (v, np.eye(4)[w]), t, False)
     mean, std = x.mean(0), x.std(0) + 1e-6
-    best = max(LogisticRegression(C=1 / (s * 40), max_iter=5000).fit((x - mean) / std, y).score((v - mean) / std, w) for s in evaluation.PROBE_L2)
+    best = max(LogisticRegression(C=1 / (s * 40), max_iter=5000).fit((x - mean) / std, y).score((v - mean) / std, w)
+               for s in evaluation.PROBE_L2)
     chosen = LogisticRegression(C=1 / (strength * 40), max_iter=5000).fit((x - mean) / std, y)
     assert chosen.score((v - mean) / std, w) == pytest.approx(best, abs=0.01)
     assert (logits.argmax(1) == z).mean() == pytest.approx(chosen.score((t - mean) / std, z), abs=0.02)
@@ -88,14 +93,16 @@ def test_probe_chooses_its_strength_on_the_validation_part():
 def test_effective_rank():
     rng = np.random.default_rng(0)
     assert evaluation.effective_rank(np.ones((50, 8)) + 1e-9 * rng.standard_normal((50, 8))) <= 8
-    assert evaluation.effective_rank(np.outer(rng.standard_normal(500), rng.standard_normal(8))) == pytest.approx(1, abs=1e-3)
+    assert evaluation.effective_rank(np.outer(rng.standard_normal(500), rng.standard_normal(8))) == pytest.approx(
+        1, abs=1e-3)
     assert evaluation.effective_rank(rng.standard_normal((5000, 8))) > 7.9
 
 
 def test_features_ignore_padding_and_do_not_depend_on_the_batch(data_dir, pretrained):      # noqa: F811
     loaded = evaluation.open_checkpoint(pretrained)
     clips = data.open_clips(['noises'], data_dir)
-    big, small = (evaluation.features(loaded.encoder.eval(), clips, loaded.spectrum, CPU, torch.no_grad, batch_size=size) for size in (64, 3))
+    big, small = (evaluation.features(loaded.encoder.eval(), clips, loaded.spectrum, CPU, torch.no_grad,
+                                      batch_size=size) for size in (64, 3))
     for a, b in zip(big, small):
         np.testing.assert_allclose(a, b, atol=1e-5)
     shortest = int(np.argmin(clips.length))
@@ -109,17 +116,19 @@ def test_features_ignore_padding_and_do_not_depend_on_the_batch(data_dir, pretra
 def test_log_mel_statistics_are_over_real_frames(data_dir):
     clips = data.open_clips(['noises'], data_dir)
     frames = int(data.frames_in(clips.length.max()))
-    got = evaluation.log_mel_statistics(clips, {'frames': frames, 'window': 'hamming', 'mean': 0.0, 'std': 0.5, 'repeat': False}, CPU, batch_size=5)
+    got = evaluation.log_mel_statistics(clips, {'frames': frames, 'window': 'hamming', 'mean': 0.0, 'std': 0.5,
+                                                'repeat': False}, CPU, batch_size=5)
     for i in (0, 3):
         wave = torch.from_numpy(clips.read(i).astype(np.float32) / 32768)[None]
         x = data.fbank(wave - wave.mean(), torch.tensor([wave.shape[1]]))[0]
         np.testing.assert_allclose(got[i], torch.cat([x.mean(0), x.std(0, unbiased=False)]), atol=1e-3)
 
 
-# ------------------------------------------------------------------------------------------------------------------- modes
+# ---------------------------------------------------------------------------------------------------------------- modes
 
 def test_a_finetuned_checkpoint_on_its_test_split(straight, data_dir, tmp_path):            # noqa: F811
-    result = call(evaluation.run, f'--ckpt={straight}/best.pt', f'--data_dir={data_dir}', f'--csv_file={tmp_path}/classes.csv')
+    result = call(evaluation.run, f'--ckpt={straight}/best.pt', f'--data_dir={data_dir}',
+                  f'--csv_file={tmp_path}/classes.csv')
     assert result.code == 0 and 'accuracy' in result.out, result.err
     with open(tmp_path / 'classes.csv') as f:
         rows = list(csv.DictReader(f))
@@ -130,7 +139,8 @@ def test_a_finetuned_checkpoint_on_its_test_split(straight, data_dir, tmp_path):
 
 
 def test_probes_of_a_pretrained_checkpoint(pretrained, data_dir):                           # noqa: F811
-    result = call(evaluation.run, f'--ckpt={pretrained}', '--dataset=demo', f'--data_dir={data_dir}', '--labels_per_class=5')
+    result = call(evaluation.run, f'--ckpt={pretrained}', '--dataset=demo', f'--data_dir={data_dir}',
+                  '--labels_per_class=5')
     assert result.code == 0, result.err
     for name in ('log-mel statistics', 'CLS', 'mean of patches'):
         line = next(line for line in result.out.splitlines() if line.startswith(name))
@@ -140,11 +150,13 @@ def test_probes_of_a_pretrained_checkpoint(pretrained, data_dir):               
 def test_wav_prints_the_top_classes(straight, tmp_path):                                    # noqa: F811
     for name in ('a', 'b=c d'):
         write_wav(str(tmp_path / f'{name}.wav'), 0.3 * np.sin(np.arange(40000) / 5), 44100)
-    result = call(evaluation.run, f'--ckpt={straight}/best.pt', f'--wav={tmp_path}/a.wav,{tmp_path}/b=c d.wav', '--top_k=2')
+    result = call(evaluation.run, f'--ckpt={straight}/best.pt', f'--wav={tmp_path}/a.wav,{tmp_path}/b=c d.wav',
+                  '--top_k=2')
     assert result.code == 0, result.err
     lines = result.out.strip().splitlines()
     assert len(lines) == 2 and all('low 0.' in line and 'high 0.' in line for line in lines)
-    assert sum(float(word.strip(',')) for word in lines[0].split() if word.startswith('0.')) == pytest.approx(1, abs=0.002)
+    assert sum(float(word.strip(',')) for word in lines[0].split() if word.startswith('0.')) == pytest.approx(
+        1, abs=0.002)
 
 
 @pytest.mark.parametrize('file', ['authors_tiny_finetune.pt', 'eat_tiny_finetune.pt'])
@@ -156,17 +168,21 @@ def test_wav_with_the_authors_classifier(tmp_path, file):
 
 @pytest.mark.parametrize('ckpt', ['pretrained', 'finetuned', 'authors', 'eat'])
 def test_embeddings_of_files_and_sets(straight, pretrained, data_dir, tmp_path, ckpt):      # noqa: F811
-    path = {'pretrained': pretrained, 'finetuned': f'{straight}/best.pt', 'authors': f'{FIXTURES}/authors_tiny_pretrain.pt',
-            'eat': f'{FIXTURES}/eat_tiny_finetune.pt'}[ckpt]
+    path = {'pretrained': pretrained, 'finetuned': f'{straight}/best.pt',
+            'authors': f'{FIXTURES}/authors_tiny_pretrain.pt', 'eat': f'{FIXTURES}/eat_tiny_finetune.pt'}[ckpt]
     D, P = (32, 32) if ckpt in ('pretrained', 'finetuned') else (64, 64)
     for name, seconds in (('a', 0.3), ('b', 2.0)):
         write_wav(str(tmp_path / f'{name}.wav'), 0.3 * np.sin(np.arange(int(16000 * seconds)) / 5))
-    result = call(evaluation.run, f'--ckpt={path}', f'--wav={tmp_path}/a.wav,{tmp_path}/b.wav', f'--embed={tmp_path}/files.npz')
+    result = call(evaluation.run, f'--ckpt={path}', f'--wav={tmp_path}/a.wav,{tmp_path}/b.wav',
+                  f'--embed={tmp_path}/files.npz')
     assert result.code == 0, result.err
     with np.load(tmp_path / 'files.npz') as stored:
-        assert stored['names'].tolist() == [f'{tmp_path}/a.wav', f'{tmp_path}/b.wav'] and stored['cls'].shape == stored['mean'].shape == (2, D)
-        assert stored['patches'].shape == (2, P, D) and stored['patches'].dtype == np.float16 and stored['sound'][0] == 28
-    assert call(evaluation.run, f'--ckpt={path}', '--dataset=noises', f'--data_dir={data_dir}', f'--embed={tmp_path}/set.npz').code == 0
+        assert (stored['names'].tolist() == [f'{tmp_path}/a.wav', f'{tmp_path}/b.wav']
+                and stored['cls'].shape == stored['mean'].shape == (2, D))
+        assert (stored['patches'].shape == (2, P, D) and stored['patches'].dtype == np.float16
+                and stored['sound'][0] == 28)
+    assert call(evaluation.run, f'--ckpt={path}', '--dataset=noises', f'--data_dir={data_dir}',
+                f'--embed={tmp_path}/set.npz').code == 0
     with np.load(tmp_path / 'set.npz') as stored:
         assert len(set(stored['names'].tolist())) == 24 == len(stored['cls']) and np.isfinite(stored['patches']).all()
 
@@ -182,10 +198,13 @@ def test_a_damaged_real_file_is_named(straight, tmp_path):                      
 
 
 @pytest.mark.parametrize('argv, words', [
-    ([], ['--ckpt']), (['--ckpt=/absent.pt'], ['/absent.pt']), (['--ckpt={tmp}'], ['folder']), (['--ckpt={tmp}/junk.pt'], ['junk.pt']),
-    (['--ckpt={pretrained}'], ['--dataset']), (['--ckpt={pretrained}', '--dataset=absent'], ['absent']), (['--ckpt={pretrained}', '--wav=a.wav'], ['fine-tune']),
-    (['--ckpt={tuned}', '--wav=/absent.wav'], ['/absent.wav']), (['--ckpt={tuned}', '--wav={tmp}/junk.pt'], ['junk.pt']), (['--ckpt={tuned}', '--dataset=demo'], ['classes']),
-    (['--ckpt={pretrained}', '--embed=x.npz'], ['--dataset']), (['--ckpt={pretrained}', '--dataset=noises', '--frames=50'], ['frames = 50']),
+    ([], ['--ckpt']), (['--ckpt=/absent.pt'], ['/absent.pt']), (['--ckpt={tmp}'], ['folder']),
+    (['--ckpt={tmp}/junk.pt'], ['junk.pt']), (['--ckpt={pretrained}'], ['--dataset']),
+    (['--ckpt={pretrained}', '--dataset=absent'], ['absent']), (['--ckpt={pretrained}', '--wav=a.wav'], ['fine-tune']),
+    (['--ckpt={tuned}', '--wav=/absent.wav'], ['/absent.wav']),
+    (['--ckpt={tuned}', '--wav={tmp}/junk.pt'], ['junk.pt']), (['--ckpt={tuned}', '--dataset=demo'], ['classes']),
+    (['--ckpt={pretrained}', '--embed=x.npz'], ['--dataset']),
+    (['--ckpt={pretrained}', '--dataset=noises', '--frames=50'], ['frames = 50']),
     (['--ckpt={tuned}', '--wav={tmp}/short.wav'], ['short.wav', 'shorter than one window'])])
 def test_bad_input(straight, pretrained, data_dir, tmp_path, argv, words):                  # noqa: F811
     (tmp_path / 'junk.pt').write_bytes(b'nothing of use' * 100)
@@ -194,7 +213,7 @@ def test_bad_input(straight, pretrained, data_dir, tmp_path, argv, words):      
     assert is_one_line_error(call(evaluation.run, f'--data_dir={data_dir}', *argv), *words)
 
 
-# ------------------------------------------------------------------------------------------------------ hostile checkpoints
+# -------------------------------------------------------------------------------------------------- hostile checkpoints
 
 def tampered(state, kind):
     name = 'encoder.blocks.0.attn.qk.weight'
@@ -223,8 +242,10 @@ def tampered(state, kind):
     return state
 
 
-@pytest.mark.parametrize('kind', ['missing weight', 'extra weight', 'other shape', 'integers', 'no tensor', 'other config', 'odd config', 'unknown field',
-                                  'no config', 'no input', 'later version'])
+@pytest.mark.parametrize('kind', ['missing weight', 'extra weight', 'other shape', 'integers', 'no tensor',
+                                  'other config', 'odd config', 'unknown field', 'no config', 'no input',
+                                  'later version'])
 def test_a_tampered_checkpoint_is_named(pretrained, data_dir, tmp_path, kind):              # noqa: F811
     torch.save(tampered(torch.load(pretrained, weights_only=True), kind), tmp_path / 'odd.pt')
-    assert is_one_line_error(call(evaluation.run, f'--ckpt={tmp_path}/odd.pt', '--dataset=noises', f'--data_dir={data_dir}'), 'odd.pt')
+    assert is_one_line_error(call(evaluation.run, f'--ckpt={tmp_path}/odd.pt', '--dataset=noises',
+                                  f'--data_dir={data_dir}'), 'odd.pt')

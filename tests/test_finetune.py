@@ -1,4 +1,5 @@
-"""Fine-tuning: losses, layer-wise rates, the whole run from every kind of checkpoint.   python -m pytest tests/test_finetune.py"""
+"""Fine-tuning: losses, layer-wise rates, the whole run from every kind of checkpoint.
+   python -m pytest tests/test_finetune.py"""
 import json
 import math
 import os
@@ -19,8 +20,9 @@ from .conftest import ROOT, TINY, call, is_one_line_error, script
 from .test_pretrain import log_of, same_state, weights_of
 
 FIXTURES = os.path.join(ROOT, 'tests', 'fixtures')
-RUN = ['--dataset=noises', '--batch_size=8', '--max_steps=6', '--warmup_steps=2', '--log_interval=1', '--save_interval=3', '--eval_interval=3', '--lr=1e-2',
-       '--workers=0', '--device=cpu', '--validation_part=0.3', '--mixup=0.5', '--noise']
+RUN = ['--dataset=noises', '--batch_size=8', '--max_steps=6', '--warmup_steps=2', '--log_interval=1',
+       '--save_interval=3', '--eval_interval=3', '--lr=1e-2', '--workers=0', '--device=cpu', '--validation_part=0.3',
+       '--mixup=0.5', '--noise']
 
 
 def settings(*argv):
@@ -30,8 +32,8 @@ def settings(*argv):
 @pytest.fixture(scope='module')
 def pretrained(data_dir, tmp_path_factory):
     out = str(tmp_path_factory.mktemp('pretrained'))
-    assert call(pretrain.run, *TINY, '--dataset=noises', '--batch_size=8', '--max_steps=3', '--warmup_steps=1', f'--data_dir={data_dir}',
-                f'--out_dir={out}').code == 0
+    assert call(pretrain.run, *TINY, '--dataset=noises', '--batch_size=8', '--max_steps=3', '--warmup_steps=1',
+                f'--data_dir={data_dir}', f'--out_dir={out}').code == 0
     return os.path.join(out, 'ckpt.pt')
 
 
@@ -45,7 +47,8 @@ def straight(pretrained, data_dir, tmp_path_factory):
 
 def test_layerwise_rates_and_decay():
     model = Classifier(ASDAConfig(n_layer=3, n_head=2, n_embd=32, frames=64, decoder_groups=4), 5)
-    groups = finetune.make_optimizer(model, settings('--layer_decay=0.5'), runtime.Process(0, 1, torch.device('cpu'))).param_groups
+    groups = finetune.make_optimizer(model, settings('--layer_decay=0.5'),
+                                     runtime.Process(0, 1, torch.device('cpu'))).param_groups
     found = {id(p): (group['scale'], group['weight_decay']) for group in groups for p in group['params']}
     for name, p in model.named_parameters():
         block = int(name.split('.')[2]) if name.startswith('encoder.blocks') else 3
@@ -60,12 +63,15 @@ def test_schedule():
 
 def test_losses_are_the_stated_reductions():
     torch.manual_seed(0)
-    logits, single, many = torch.randn(6, 5), F.one_hot(torch.tensor([0, 1, 2, 3, 4, 0]), 5).float(), (torch.rand(6, 5) > 0.6).float()
+    logits, single, many = (torch.randn(6, 5), F.one_hot(torch.tensor([0, 1, 2, 3, 4, 0]), 5).float(),
+                            (torch.rand(6, 5) > 0.6).float())
     s = settings('--batch_size=6', '--label_smoothing=0.1')
     labels = single.argmax(1)
-    assert finetune.classification_loss(logits, single, None, s, False) == pytest.approx(float(F.cross_entropy(logits, labels, label_smoothing=0.1)), rel=1e-5)
+    assert finetune.classification_loss(logits, single, None, s, False) == pytest.approx(
+        float(F.cross_entropy(logits, labels, label_smoothing=0.1)), rel=1e-5)
     bce = F.binary_cross_entropy_with_logits(logits, many, reduction='sum')
-    assert finetune.classification_loss(logits, many, many.sum(), s, True) == pytest.approx(float(bce / many.sum()), rel=1e-5)
+    assert finetune.classification_loss(logits, many, many.sum(), s, True) == pytest.approx(
+        float(bce / many.sum()), rel=1e-5)
     s = settings('--batch_size=6', '--loss=bce')
     bce = F.binary_cross_entropy_with_logits(logits, single, reduction='sum')
     assert finetune.classification_loss(logits, single, None, s, False) == pytest.approx(float(bce / 6), rel=1e-5)
@@ -73,7 +79,8 @@ def test_losses_are_the_stated_reductions():
 
 def test_a_run_from_our_checkpoint(straight, pretrained):
     state = runtime.load_checkpoint(os.path.join(straight, 'best.pt'))
-    assert state['classes'] == ['high', 'low'] and state['config']['n_embd'] == 32 and state['config']['drop_path'] == 0.1
+    assert (state['classes'] == ['high', 'low'] and state['config']['n_embd'] == 32
+            and state['config']['drop_path'] == 0.1)
     with open(os.path.join(straight, 'log.jsonl')) as f:
         test = [json.loads(line)['test'] for line in f if '"test"' in line]
     assert len(test) == 1 and {'best', 'last'} == set(test[0]) and test[0]['best']['clips'] > 0
@@ -84,23 +91,28 @@ def test_the_encoder_is_the_pretrained_students(pretrained):
     stored = torch.load(pretrained, weights_only=True)['model']
     for name, tensor in model.encoder.state_dict().items():
         assert torch.equal(tensor, stored[f'encoder.{name}'])
-    assert model.config.frames == 96 and model.config.drop_path == 0.2 and window == 'hamming' and len(model.head.weight) == 7
+    assert (model.config.frames == 96 and model.config.drop_path == 0.2 and window == 'hamming'
+            and len(model.head.weight) == 7)
     other, _, _ = finetune.initial_model(settings(f'--ckpt={pretrained}', '--pooling=mean', '--cls_position=middle'), 7)
     assert (other.config.pooling, other.config.cls_position) == ('mean', 'middle')
     scratch, _, _ = finetune.initial_model(settings(f'--ckpt={pretrained}', '--init=scratch'), 7)
     assert scratch.config.n_embd == 32 and not torch.equal(scratch.encoder.cls, model.encoder.cls)
 
 
-@pytest.mark.parametrize('file', ['authors_tiny_pretrain.pt', 'authors_tiny_finetune.pt', 'eat_tiny_pretrain.pt', 'eat_tiny_finetune.pt'])
+@pytest.mark.parametrize('file', ['authors_tiny_pretrain.pt', 'authors_tiny_finetune.pt', 'eat_tiny_pretrain.pt',
+                                  'eat_tiny_finetune.pt'])
 def test_from_the_authors_files(data_dir, tmp_path, file):
-    result = call(finetune.run, *RUN, f'--ckpt={FIXTURES}/{file}', '--max_steps=3', '--frames=64', f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out')
+    result = call(finetune.run, *RUN, f'--ckpt={FIXTURES}/{file}', '--max_steps=3', '--frames=64',
+                  f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out')
     assert result.code == 0, result.err
     state = runtime.load_checkpoint(str(tmp_path / 'out' / 'ckpt.pt'))
-    assert state['input']['window'] == 'hanning' and state['config']['head_norm'] == ('all' if file.startswith('authors') else 'none')
+    assert (state['input']['window'] == 'hanning'
+            and state['config']['head_norm'] == ('all' if file.startswith('authors') else 'none'))
 
 
 def test_from_scratch_without_a_checkpoint(data_dir, tmp_path):
-    result = call(finetune.run, *RUN, *TINY, '--init=scratch', '--layer_decay=1', f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out')
+    result = call(finetune.run, *RUN, *TINY, '--init=scratch', '--layer_decay=1', f'--data_dir={data_dir}',
+                  f'--out_dir={tmp_path}/out')
     assert result.code == 0, result.err
 
 
@@ -118,7 +130,8 @@ def test_accumulated_and_distributed_runs_equal_one_process(straight, pretrained
     accumulated, distributed = str(tmp_path / 'accumulated'), str(tmp_path / 'distributed')
     base = [*RUN, f'--ckpt={pretrained}', f'--data_dir={data_dir}']
     assert call(finetune.run, *base, f'--out_dir={accumulated}', '--accumulate=2').code == 0
-    result = script('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'finetune.py', *base, f'--out_dir={distributed}')
+    result = script('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'finetune.py', *base,
+                    f'--out_dir={distributed}')
     assert result.returncode == 0, result.stderr
     want = [line['loss'] for line in log_of(straight) if 'loss' in line]
     for out in (accumulated, distributed):
@@ -138,12 +151,15 @@ def test_all_folds_report_each_mean_and_spread(data_dir, pretrained, tmp_path):
         with np.load(path) as stored:
             arrays = {**stored, 'folds': (np.arange(len(stored['folds'])) // 2 % 2).astype(np.int16)}
         np.savez(path, **arrays)
-    base = [*RUN, '--dataset=folded', '--fold=all', '--max_steps=3', f'--ckpt={pretrained}', f'--data_dir={tmp_path}', f'--out_dir={tmp_path}/out']
+    base = [*RUN, '--dataset=folded', '--fold=all', '--max_steps=3', f'--ckpt={pretrained}', f'--data_dir={tmp_path}',
+            f'--out_dir={tmp_path}/out']
     result = call(finetune.run, *base)
     assert result.code == 0, result.err
     assert 'best checkpoints: fold x' in result.out and 'mean' in result.out and 'standard deviation' in result.out
-    accuracies = [[line for line in log_of(tmp_path / 'out' / f'fold-{fold}') if 'test' in line][0]['test']['last']['accuracy'] for fold in 'xy']
-    assert f'mean {np.mean(accuracies):.1%}, standard deviation {np.std(accuracies, ddof=1):.1%}' in result.out.splitlines()[-1]
+    accuracies = [[line for line in log_of(tmp_path / 'out' / f'fold-{fold}')
+                   if 'test' in line][0]['test']['last']['accuracy'] for fold in 'xy']
+    assert (f'mean {np.mean(accuracies):.1%}, standard deviation {np.std(accuracies, ddof=1):.1%}'
+            in result.out.splitlines()[-1])
 
 
 def test_multi_label_sets_use_bce_and_map(data_dir, pretrained, tmp_path):
@@ -155,22 +171,26 @@ def test_multi_label_sets_use_bce_and_map(data_dir, pretrained, tmp_path):
     for split in ('train', 'test'):
         path = tmp_path / 'many' / f'{split}-00000.npz'
         with np.load(path) as stored:
-            bits = np.stack([stored['labels'] == 0, stored['labels'] == 1, np.arange(len(stored['labels'])) % 3 == 0], axis=1)
+            bits = np.stack([stored['labels'] == 0, stored['labels'] == 1, np.arange(len(stored['labels'])) % 3 == 0],
+                            axis=1)
             arrays = {**stored, 'labels': np.packbits(bits, axis=1)}
         np.savez(path, **arrays)
-    result = call(finetune.run, *RUN, '--dataset=many', f'--ckpt={pretrained}', f'--data_dir={tmp_path}', f'--out_dir={tmp_path}/out')
+    result = call(finetune.run, *RUN, '--dataset=many', f'--ckpt={pretrained}', f'--data_dir={tmp_path}',
+                  f'--out_dir={tmp_path}/out')
     assert result.code == 0 and 'mAP' in result.out, result.err
     losses = [line['loss'] for line in log_of(tmp_path / 'out') if 'loss' in line]
     assert all(math.isfinite(loss) for loss in losses)
 
 
 @pytest.mark.parametrize('argv, words', [
-    ([], ['--ckpt', '--init=scratch']), (['--ckpt=/absent.pt'], ['/absent.pt']), (['--ckpt=tests'], ['folder']), (['--ckpt=README.md'], ['README.md']),
-    (['--init=nothing'], ['nothing']), (['--ckpt={ckpt}', '--n_embd=64'], ['n_embd', 'checkpoint']), (['--ckpt={ckpt}', '--frames=50'], ['frames = 50']),
-    (['--ckpt={ckpt}', '--dataset=absent'], ['absent']), (['--ckpt={ckpt}', '--fold=9'], ["fold '9'"]), (['--ckpt={ckpt}', '--fold=all'], ['no folds']),
-    (['--ckpt={ckpt}', '--accumulate=3'], ['accumulate = 3']), (['--ckpt={ckpt}', '--labels_per_class=99'], ['labels_per_class = 99']),
-    (['--ckpt={ckpt}', '--loss=mse'], ['mse']), (['--ckpt={ckpt}', '--drop_path=1'], ['drop_path']), (['--ckpt={ckpt}', '--validation_part=0'], ['validation']),
-    (['--ckpt={ckpt}', '--input_mask=2'], ['input_mask'])])
+    ([], ['--ckpt', '--init=scratch']), (['--ckpt=/absent.pt'], ['/absent.pt']), (['--ckpt=tests'], ['folder']),
+    (['--ckpt=README.md'], ['README.md']), (['--init=nothing'], ['nothing']),
+    (['--ckpt={ckpt}', '--n_embd=64'], ['n_embd', 'checkpoint']), (['--ckpt={ckpt}', '--frames=50'], ['frames = 50']),
+    (['--ckpt={ckpt}', '--dataset=absent'], ['absent']), (['--ckpt={ckpt}', '--fold=9'], ["fold '9'"]),
+    (['--ckpt={ckpt}', '--fold=all'], ['no folds']), (['--ckpt={ckpt}', '--accumulate=3'], ['accumulate = 3']),
+    (['--ckpt={ckpt}', '--labels_per_class=99'], ['labels_per_class = 99']),
+    (['--ckpt={ckpt}', '--loss=mse'], ['mse']), (['--ckpt={ckpt}', '--drop_path=1'], ['drop_path']),
+    (['--ckpt={ckpt}', '--validation_part=0'], ['validation']), (['--ckpt={ckpt}', '--input_mask=2'], ['input_mask'])])
 def test_refusals_at_the_start(data_dir, pretrained, tmp_path, monkeypatch, argv, words):
     monkeypatch.chdir(ROOT)
     argv = [argument.format(ckpt=pretrained) for argument in argv]

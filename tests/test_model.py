@@ -9,9 +9,20 @@ import torch.nn.functional as F
 
 import data
 import model as model_module
-from model import ASDA, MAX_FRAMES, ASDAConfig, Classifier, DiffAttention, Encoder, count_parameters, n_kept, position_table
+from model import (
+    ASDA,
+    MAX_FRAMES,
+    ASDAConfig,
+    Classifier,
+    DiffAttention,
+    Encoder,
+    count_parameters,
+    n_kept,
+    position_table,
+)
 
-SMALL = ASDAConfig(n_layer=2, n_head=4, n_embd=32, frames=64, decoder_layers=2, decoder_groups=4, n_students=3, mask_block=2)
+SMALL = ASDAConfig(n_layer=2, n_head=4, n_embd=32, frames=64, decoder_layers=2, decoder_groups=4, n_students=3,
+                   mask_block=2)
 
 
 def variant(**changes):
@@ -32,7 +43,7 @@ def test_parameter_counts():
         assert abs(count_parameters(Classifier(ASDAConfig(), 527)) / 1e6 - 93) < 0.5
 
 
-# --------------------------------------------------------------------------------------------------------------- attention
+# ------------------------------------------------------------------------------------------------------------ attention
 
 def plain_attention(module, x):
     """Equations 1-3 written out, with explicit softmax matrices."""
@@ -82,14 +93,15 @@ def test_attention_equals_the_equations(head_norm, diff_lambda):
 def test_one_call_with_one_softmax_per_map(monkeypatch, diff_lambda, maps):
     shapes = []
     original = F.scaled_dot_product_attention
-    monkeypatch.setattr(F, 'scaled_dot_product_attention', lambda q, k, v: shapes.append((q.shape, k.shape, v.shape)) or original(q, k, v))
+    monkeypatch.setattr(F, 'scaled_dot_product_attention',
+                        lambda q, k, v: shapes.append((q.shape, k.shape, v.shape)) or original(q, k, v))
     module = DiffAttention(variant(diff_lambda=diff_lambda))
     module(torch.randn(2, 7, 32))
     assert shapes == [((2, 4 * maps, 7, 8),) * 3]
     assert module.qk.weight.shape == (2 * maps * 32, 32)                    # lambda 0 builds no Q2 and K2
 
 
-# ----------------------------------------------------------------------------------------------------------------- encoder
+# -------------------------------------------------------------------------------------------------------------- encoder
 
 @pytest.mark.parametrize('pos_embed', ['1d', '2d'])
 def test_positions_follow_the_formula(pos_embed):
@@ -109,7 +121,8 @@ def test_patches_are_time_major_and_cls_has_no_position():
     encoder.positions.zero_()
     spec = torch.randn(1, 64, 128)
     t, f = 2, 5
-    want = (encoder.patch_embed.weight[:, 0] * spec[0, t * 16:t * 16 + 16, f * 16:f * 16 + 16]).sum((1, 2)) + encoder.patch_embed.bias
+    want = ((encoder.patch_embed.weight[:, 0] * spec[0, t * 16:t * 16 + 16, f * 16:f * 16 + 16]).sum((1, 2))
+            + encoder.patch_embed.bias)
     torch.testing.assert_close(encoder.embed(spec)[0, t * 8 + f], want)
 
 
@@ -120,7 +133,7 @@ def test_student_sees_only_what_it_keeps():
     before = encoder(spec, keep)
     assert before.shape == (6, 1 + n_kept(32, 0.8), 32)
     changed = spec.clone()
-    for patch in torch.nonzero(mask[0, 1]).flatten().tolist():              # everything that view 1 of clip 0 does not see
+    for patch in torch.nonzero(mask[0, 1]).flatten().tolist():          # everything that view 1 of clip 0 does not see
         t, f = divmod(patch, 8)
         changed[0, t * 16:t * 16 + 16, f * 16:f * 16 + 16] = 7.0
     after = encoder(changed, keep)
@@ -143,7 +156,7 @@ def test_cls_in_the_middle_stands_there_and_comes_out_first(monkeypatch):
     middle = Encoder(variant(cls_position='middle')).eval()
     middle.load_state_dict(head.state_dict())
     middle.positions, head.positions = middle.positions * 0, head.positions * 0
-    spec = torch.zeros(1, 64, 128)                                          # all patches alike: the one that differs is CLS
+    spec = torch.zeros(1, 64, 128)                                      # all patches alike: the one that differs is CLS
     seen = []
     for encoder in (head, middle):
         encoder.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0]))
@@ -152,7 +165,8 @@ def test_cls_in_the_middle_stands_there_and_comes_out_first(monkeypatch):
     assert [int(torch.nonzero((x - others).abs().sum(1) > 1e-3).flatten()) for x in seen] == [0, 16]
     spec = torch.randn(2, 64, 128)
     (x, ts), (y, us) = head(spec, layers=True), middle(spec, layers=True)
-    torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-4)      # attention has no order and CLS no position: the same function
+    # attention has no order and CLS no position: the same function
+    torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(ts[0], us[0], atol=1e-5, rtol=1e-4)
 
 
@@ -181,16 +195,18 @@ def test_initial_values():
 
 
 @pytest.mark.parametrize('changes, message', [
-    ({'n_head': 5}, 'n_embd = 32 is not divisible by n_head = 5'), ({'decoder_groups': 5}, 'decoder_groups = 5'), ({'frames': 50}, 'frames = 50'),
-    ({'frames': MAX_FRAMES + 16}, 'too long'), ({'head_norm': 'some'}, 'head_norm'), ({'pos_embed': '3d'}, 'pos_embed'), ({'mask_ratio': 1.0}, 'mask_ratio'),
-    ({'target_layers': 9}, 'target_layers = 9'), ({'n_layer': 0}, 'n_layer = 0'), ({'n_mels': 100}, 'n_mels = 100'), ({'pooling': 'max'}, 'pooling'),
-    ({'cls_position': 'tail'}, 'cls_position'), ({'utterance_target': 'x'}, 'utterance_target'), ({'n_embd': 30, 'n_head': 2, 'decoder_groups': 2}, 'by 4')])
+    ({'n_head': 5}, 'n_embd = 32 is not divisible by n_head = 5'), ({'decoder_groups': 5}, 'decoder_groups = 5'),
+    ({'frames': 50}, 'frames = 50'), ({'frames': MAX_FRAMES + 16}, 'too long'), ({'head_norm': 'some'}, 'head_norm'),
+    ({'pos_embed': '3d'}, 'pos_embed'), ({'mask_ratio': 1.0}, 'mask_ratio'),
+    ({'target_layers': 9}, 'target_layers = 9'), ({'n_layer': 0}, 'n_layer = 0'), ({'n_mels': 100}, 'n_mels = 100'),
+    ({'pooling': 'max'}, 'pooling'), ({'cls_position': 'tail'}, 'cls_position'),
+    ({'utterance_target': 'x'}, 'utterance_target'), ({'n_embd': 30, 'n_head': 2, 'decoder_groups': 2}, 'by 4')])
 def test_impossible_architectures_are_refused_with_the_numbers(changes, message):
     with pytest.raises(ValueError, match=message):
         variant(**changes)
 
 
-# ------------------------------------------------------------------------------------------------- decoder, targets, losses
+# --------------------------------------------------------------------------------------------- decoder, targets, losses
 
 def test_decoder_sees_no_cls_and_fills_with_noise():
     torch.manual_seed(0)
@@ -234,7 +250,8 @@ def plain_targets(model, spec, raw=False):
     normed = []
     for t in outputs[-model.config.target_layers:]:
         t = t[:, 1:].double()
-        normed.append(t if raw else (t - t.mean(1, keepdim=True)) / (t.var(1, keepdim=True, unbiased=False) + 1e-5).sqrt())
+        normed.append(t if raw else
+                      (t - t.mean(1, keepdim=True)) / (t.var(1, keepdim=True, unbiased=False) + 1e-5).sqrt())
     mean = torch.stack(normed).mean(0)
     if raw:
         mean = mean.mean(1)
@@ -251,7 +268,8 @@ def test_targets(target_layers):
     torch.testing.assert_close(utterance.double(), want.mean(1), atol=1e-5, rtol=1e-4)
     raw = ASDA(variant(target_layers=target_layers, utterance_target='raw'))
     raw.load_state_dict(model.state_dict())
-    torch.testing.assert_close(raw.targets(spec)[1].double(), plain_targets(model, spec, raw=True), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(raw.targets(spec)[1].double(), plain_targets(model, spec, raw=True), atol=1e-5,
+                               rtol=1e-4)
 
 
 def test_losses_and_measures_are_those_of_the_method():
@@ -282,7 +300,8 @@ def test_losses_and_measures_are_those_of_the_method():
 
 
 def test_every_parameter_of_the_student_gets_a_gradient_and_the_teacher_none():
-    for changes in ({}, {'pooling': 'mean'}, {'cls_position': 'middle'}, {'diff_lambda': 0.0}, {'head_norm': 'none'}, {'utterance_target': 'raw'}):
+    for changes in ({}, {'pooling': 'mean'}, {'cls_position': 'middle'}, {'diff_lambda': 0.0}, {'head_norm': 'none'},
+                    {'utterance_target': 'raw'}):
         torch.manual_seed(0)
         model = ASDA(variant(**changes))
         model(*small_batch(SMALL))[0].backward()
@@ -321,14 +340,15 @@ def test_overfits_one_batch():
     assert float(loss) < 0.1 * first and float(measures['explained']) > 0.9, (first, float(loss), measures)
 
 
-# -------------------------------------------------------------------------------------------------------------- classifier
+# ----------------------------------------------------------------------------------------------------------- classifier
 
 def test_classifier_pools_cls_or_patches():
     torch.manual_seed(0)
     spec = torch.randn(2, 64, 128)
     model = Classifier(SMALL, 5).eval()
     x = model.encoder(spec)
-    torch.testing.assert_close(model(spec), model.head(F.layer_norm(x[:, 0], (32,), model.head_norm.weight, model.head_norm.bias, eps=1e-6)))
+    torch.testing.assert_close(model(spec), model.head(F.layer_norm(x[:, 0], (32,), model.head_norm.weight,
+                                                                    model.head_norm.bias, eps=1e-6)))
     mean = Classifier(variant(pooling='mean'), 5).eval()
     mean.load_state_dict(model.state_dict())
     torch.testing.assert_close(mean(spec), mean.head(mean.head_norm(x[:, 1:].mean(1))))

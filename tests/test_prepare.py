@@ -1,4 +1,5 @@
-"""Recipes on miniature data sets in their true layouts, and on damaged and hostile files.   python -m pytest tests/test_prepare.py"""
+"""Recipes on miniature data sets in their true layouts, and on damaged and hostile files.
+   python -m pytest tests/test_prepare.py"""
 import io
 import json
 import os
@@ -52,10 +53,11 @@ def contents(folder):
     return found
 
 
-# ----------------------------------------------------------------------------------------------------------------- recipes
+# -------------------------------------------------------------------------------------------------------------- recipes
 
 def fsdd_files(speakers=('jackson', 'theo'), takes=7, suffix='.wav'):
-    return {f'free-spoken-digit-dataset-master/recordings/{digit}_{speaker}_{take}{suffix}': audio_file(suffix, 0.2 + take / 50, 8000)
+    return {f'free-spoken-digit-dataset-master/recordings/{digit}_{speaker}_{take}{suffix}':
+            audio_file(suffix, 0.2 + take / 50, 8000)
             for digit in range(10) for speaker in speakers for take in range(takes)}
 
 
@@ -79,19 +81,22 @@ def tarred(path, files, mode='w'):
 def test_fsdd_in_every_packing(tmp_path, pack):
     files = fsdd_files()
     source = {'zip': lambda: zipped(tmp_path / 'x.zip', files), 'tar': lambda: tarred(tmp_path / 'x.tar', files),
-              'tar.gz': lambda: tarred(tmp_path / 'x.tgz', files, 'w:gz'), 'folder': lambda: write_tree(tmp_path / 'x', files)}[pack]()
+              'tar.gz': lambda: tarred(tmp_path / 'x.tgz', files, 'w:gz'),
+              'folder': lambda: write_tree(tmp_path / 'x', files)}[pack]()
     out = tmp_path / 'fsdd'
     result = run('fsdd', f'--source={source}', f'--out_dir={out}')
     assert result.code == 0 and 'the data set has 3000' in result.out, result.err
     clips = data.open_clips(['fsdd'], str(tmp_path))
     test = data.open_clips(['fsdd'], str(tmp_path), ['test'])
-    assert (len(clips), len(test)) == (10 * 2 * 2, 10 * 2 * 5)             # recordings 0-4 of each speaker and digit are the test
+    assert (len(clips), len(test)) == (10 * 2 * 2, 10 * 2 * 5)  # recordings 0-4 of each speaker and digit are the test
     assert clips.metas[0]['folds'] == ['jackson', 'theo'] and clips.classes == [str(digit) for digit in range(10)]
     for clip, key in enumerate(clips.keys()):
         digit, speaker, take = key.removesuffix('.wav').split('/')[-1].split('_')
-        assert clips.label[clip] == int(digit) and clips.metas[0]['folds'][clips.fold[clip]] == speaker and int(take) >= 5
+        assert (clips.label[clip] == int(digit) and clips.metas[0]['folds'][clips.fold[clip]] == speaker
+                and int(take) >= 5)
         assert abs(clips.length[clip] - 16000 * (0.2 + int(take) / 50)) < 3
-    assert sorted(os.listdir(out)) == ['meta.json', 'test-00000.npz', 'test-00000.pcm', 'train-00000.npz', 'train-00000.pcm']
+    assert sorted(os.listdir(out)) == ['meta.json', 'test-00000.npz', 'test-00000.pcm', 'train-00000.npz',
+                                       'train-00000.pcm']
     theo = data.open_clips(['fsdd'], str(tmp_path), only_fold='theo')
     assert len(theo) == 20 == len(data.open_clips(['fsdd'], str(tmp_path), leave_out=['fsdd/jackson']))
 
@@ -119,7 +124,8 @@ def test_esc50_layout_with_any_extension(tmp_path, suffix):
 
 
 @pytest.mark.parametrize('change, message', [
-    (lambda files: files.pop('ESC-50-abc/audio/1-0-A-0.ogg'), '1-0-A-0'), (lambda files: files.pop('ESC-50-abc/meta/esc50.csv'), 'meta/esc50.csv'),
+    (lambda files: files.pop('ESC-50-abc/audio/1-0-A-0.ogg'), '1-0-A-0'),
+    (lambda files: files.pop('ESC-50-abc/meta/esc50.csv'), 'meta/esc50.csv'),
     (lambda files: files.update({'ESC-50-abc/meta/esc50.csv': b'a,b\n1,2\n'}), 'table'),
     (lambda files: files.update({'ESC-50-abc/meta/esc50.csv': b'\xff\xfe\x00'}), 'table')])
 def test_esc50_with_something_missing(tmp_path, change, message):
@@ -130,12 +136,14 @@ def test_esc50_with_something_missing(tmp_path, change, message):
 
 
 def folder_files():
-    files = {f'{label}/{name}': audio_file(name, 0.3) for label in ('bird', 'train') for name in ('a b.wav', '-c.flac', 'dé.ogg', 'e.mp3')}
+    files = {f'{label}/{name}': audio_file(name, 0.3) for label in ('bird', 'train')
+             for name in ('a b.wav', '-c.flac', 'dé.ogg', 'e.mp3')}
     return {**files, 'bird/notes.txt': b'no audio', 'bird/._a b.wav': b'litter', 'bird/deep/g.wav': audio_file('.wav')}
 
 
 def test_folder_of_every_format_with_classes(tmp_path):
-    assert run('folder', f'--source={write_tree(tmp_path / "x", folder_files())}', f'--out_dir={tmp_path}/set', '--test_part=0.4').code == 0
+    assert run('folder', f'--source={write_tree(tmp_path / "x", folder_files())}', f'--out_dir={tmp_path}/set',
+               '--test_part=0.4').code == 0
     both = [data.open_clips(['set'], str(tmp_path), [split]) for split in ('train', 'test')]
     assert both[0].classes == ['bird', 'deep', 'train'] and sum(map(len, both)) == 9
     for clips in both:
@@ -149,12 +157,14 @@ def test_folder_of_every_format_with_classes(tmp_path):
 def test_folder_without_labels_and_with_a_split_file(tmp_path):
     source = write_tree(tmp_path / 'x', {f'{i}.wav': audio_file('.wav') for i in range(6)})
     (tmp_path / 'split.csv').write_text('0.wav,train\n1.wav,valid\n2.wav,test\n3.wav,test\n')
-    assert run('folder', f'--source={source}', f'--out_dir={tmp_path}/set', f'--split_file={tmp_path}/split.csv').code == 0
+    assert run('folder', f'--source={source}', f'--out_dir={tmp_path}/set',
+               f'--split_file={tmp_path}/split.csv').code == 0
     assert [len(data.open_clips(['set'], str(tmp_path), [split])) for split in ('train', 'valid', 'test')] == [1, 1, 2]
     assert data.open_clips(['set'], str(tmp_path)).classes == []
     for text, word in (('0.wav,nowhere', 'nowhere'), ('9.wav,test', '9.wav'), ('0.wav', '0.wav')):
         (tmp_path / 'split.csv').write_text(text)
-        assert is_one_line_error(run('folder', f'--source={source}', f'--out_dir={tmp_path}/other', f'--split_file={tmp_path}/split.csv'), word)
+        assert is_one_line_error(run('folder', f'--source={source}', f'--out_dir={tmp_path}/other',
+                                     f'--split_file={tmp_path}/split.csv'), word)
 
 
 @pytest.mark.parametrize('rate', [8000, 11025, 22050, 32000, 44100, 44101, 48000, 96000, 192000])
@@ -176,7 +186,8 @@ def test_demo_is_a_function_of_the_seed_and_hard_enough(tmp_path):
     assert one == three != two and contents(tmp_path / 'demo')['train-00000.pcm'].startswith(one[:2 * 20720])
     train, valid, test = data.task_splits('demo', str(tmp_path))
     assert np.bincount(test.label).tolist() == [24] * 10
-    process, spectrum = Process(0, 1, torch.device('cpu')), {'frames': 128, 'window': 'hamming', 'mean': 0.0, 'std': 0.5, 'repeat': False}
+    process, spectrum = (Process(0, 1, torch.device('cpu')),
+                         {'frames': 128, 'window': 'hamming', 'mean': 0.0, 'std': 0.5, 'repeat': False})
     x, v, t = (log_mel_statistics(part, spectrum, process) for part in (train, valid, test))
     targets = [part.targets(np.arange(len(part))) for part in (train, valid, test)]
     logits, _ = linear_probe((x, targets[0]), (v, targets[1]), t, False)
@@ -184,7 +195,7 @@ def test_demo_is_a_function_of_the_seed_and_hard_enough(tmp_path):
     assert 0.2 < accuracy < 0.8, accuracy                                   # learnable, yet not by statistics
 
 
-# ----------------------------------------------------------------------------------------- restarting, workers, what is bad
+# ------------------------------------------------------------------------------------- restarting, workers, what is bad
 
 def noises(count=40):
     return {f'{("a", "b")[i % 2]}/{i}.wav': audio_file('.wav', 0.1 + i / 100) for i in range(count)}
@@ -235,21 +246,24 @@ def corrupt_files():
     fast = good[:24] + struct.pack('<I', 2_000_000) + good[28:]
     slow = good[:24] + struct.pack('<I', 10) + good[28:]
     flac = audio_file('.flac', 1.0)
-    return {'empty.wav': b'', 'text.wav': b'this is no audio', 'nan.wav': nan.getvalue(), 'fast.wav': fast, 'slow.wav': slow,
-            'short.wav': audio_file('.wav', 0.02), 'torn.flac': flac[:len(flac) // 2], 'torn.mp3': b'\xff\xfb\x90\x00' + bytes(50),
-            'nothing.wav': audio_file('.wav', 0.0), 'long.wav': audio_file('.wav', 3.0)}
+    return {'empty.wav': b'', 'text.wav': b'this is no audio', 'nan.wav': nan.getvalue(), 'fast.wav': fast,
+            'slow.wav': slow, 'short.wav': audio_file('.wav', 0.02), 'torn.flac': flac[:len(flac) // 2],
+            'torn.mp3': b'\xff\xfb\x90\x00' + bytes(50), 'nothing.wav': audio_file('.wav', 0.0),
+            'long.wav': audio_file('.wav', 3.0)}
 
 
 def test_bad_files_are_skipped_named_and_counted(tmp_path):
     bad = corrupt_files()
     source = write_tree(tmp_path / 'x', {**{f'bad/{name}': content for name, content in bad.items()}, **noises(10)})
     refused = run('folder', f'--source={source}', f'--out_dir={tmp_path}/set', '--max_minutes=0.04')
-    assert is_one_line_error(refused, '10 of 20 files', 'max_bad', '--max_bad=0.5') and not os.path.exists(tmp_path / 'set/meta.json')
-    assert run('folder', f'--source={source}', f'--out_dir={tmp_path}/set', '--max_minutes=0.04', '--max_bad=0.5').code == 0
+    assert (is_one_line_error(refused, '10 of 20 files', 'max_bad', '--max_bad=0.5')
+            and not os.path.exists(tmp_path / 'set/meta.json'))
+    assert run('folder', f'--source={source}', f'--out_dir={tmp_path}/set', '--max_minutes=0.04',
+               '--max_bad=0.5').code == 0
     rows = dict(line.split('\t') for line in (tmp_path / 'set/skipped.tsv').read_text().splitlines())
     assert set(rows) == {f'bad/{name}' for name in bad}
-    for name, reason in (('nan.wav', 'NaN'), ('fast.wav', '2000000 Hz'), ('slow.wav', '10 Hz'), ('short.wav', 'shorter than one window'),
-                         ('long.wav', 'longer than')):
+    for name, reason in (('nan.wav', 'NaN'), ('fast.wav', '2000000 Hz'), ('slow.wav', '10 Hz'),
+                         ('short.wav', 'shorter than one window'), ('long.wav', 'longer than')):
         assert reason in rows[f'bad/{name}'], rows
     with open(tmp_path / 'set/meta.json') as f:
         assert json.load(f)['skipped'] == 10
@@ -258,7 +272,8 @@ def test_bad_files_are_skipped_named_and_counted(tmp_path):
 
 def test_nothing_readable_leaves_nothing(tmp_path):
     source = write_tree(tmp_path / 'x', corrupt_files())
-    assert is_one_line_error(run('folder', f'--source={source}', f'--out_dir={tmp_path}/set', '--max_minutes=0.04'), 'none of the 10 files')
+    assert is_one_line_error(run('folder', f'--source={source}', f'--out_dir={tmp_path}/set', '--max_minutes=0.04'),
+                             'none of the 10 files')
     assert not os.path.exists(tmp_path / 'set')
     os.makedirs(tmp_path / 'hollow')
     assert is_one_line_error(run('folder', f'--source={tmp_path}/hollow', f'--out_dir={tmp_path}/set'), 'no audio file')
@@ -272,7 +287,8 @@ def test_real_damaged_files_are_skipped(tmp_path):
         files.update({member.name: archive.extractfile(member).read() for member in archive.getmembers()})
     source = tarred(tmp_path / 'x.tar', files)
     assert run('folder', f'--source={source}', f'--out_dir={tmp_path}/set', '--max_bad=0.8', '--test_part=0').code == 0
-    assert len((tmp_path / 'set/skipped.tsv').read_text().splitlines()) == 9 and len(data.open_clips(['set'], str(tmp_path))) == 3
+    assert (len((tmp_path / 'set/skipped.tsv').read_text().splitlines()) == 9
+            and len(data.open_clips(['set'], str(tmp_path))) == 3)
 
 
 def crash_on(place, max_seconds):
@@ -292,13 +308,14 @@ def crashing_chunk(places, max_seconds):
 def test_a_decoder_that_crashes_costs_its_file_only(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, 'pack_chunk', crashing_chunk)
     source = write_tree(tmp_path / 'x', noises(40))
-    result = call(prepare.run, 'folder', '--workers=2', f'--source={source}', f'--out_dir={tmp_path}/set', '--max_bad=0.1')
+    result = call(prepare.run, 'folder', '--workers=2', f'--source={source}', f'--out_dir={tmp_path}/set',
+                  '--max_bad=0.1')
     assert result.code == 0, result.err
     assert (tmp_path / 'set/skipped.tsv').read_text() == 'b/13.wav\tits decoder crashed\n'
     assert sum(len(data.open_clips(['set'], str(tmp_path), [split])) for split in ('train', 'test')) == 39
 
 
-# ------------------------------------------------------------------------------------------------------------------ hostile
+# -------------------------------------------------------------------------------------------------------------- hostile
 
 def test_names_in_archives_are_never_paths(tmp_path):
     names = ['../../escape/a.wav', '/absolute/b.wav', 'ok/c.wav', 'ok/../../d.wav']
@@ -306,7 +323,8 @@ def test_names_in_archives_are_never_paths(tmp_path):
     for pack in (zipped(tmp_path / 'x.zip', files), tarred(tmp_path / 'x.tar', files)):
         out = tmp_path / ('set-' + pack[-3:])
         assert run('folder', f'--source={pack}', f'--out_dir={out}').code == 0
-        assert {name for name in os.listdir(out)} <= {'meta.json', 'train-00000.npz', 'train-00000.pcm', 'test-00000.npz', 'test-00000.pcm'}
+        assert {name for name in os.listdir(out)} <= {'meta.json', 'train-00000.npz', 'train-00000.pcm',
+                                                      'test-00000.npz', 'test-00000.pcm'}
     assert sorted(os.listdir(tmp_path)) == ['set-tar', 'set-zip', 'x.tar', 'x.zip'] and not os.path.exists('/absolute')
 
 
@@ -323,14 +341,16 @@ def test_links_in_tars_are_not_followed(tmp_path):
 def test_bombs_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, 'MAX_FILE_BYTES', 1 << 20)
     files = {'bomb.wav': bytes(1 << 22), 'good.wav': audio_file('.wav')}
-    assert run('folder', f'--source={zipped(tmp_path / "x.zip", files)}', f'--out_dir={tmp_path}/set', '--max_bad=0.5').code == 0
+    assert run('folder', f'--source={zipped(tmp_path / "x.zip", files)}', f'--out_dir={tmp_path}/set',
+               '--max_bad=0.5').code == 0
     assert 'larger than 1 MiB' in (tmp_path / 'set/skipped.tsv').read_text()
     bomb = tarred(tmp_path / 'x.tgz', {'bomb.wav': bytes(1 << 26)}, 'w:gz')
     assert is_one_line_error(run('folder', f'--source={bomb}', f'--out_dir={tmp_path}/other'), 'grows more than')
     assert not os.path.exists(tmp_path / 'other')
 
 
-@pytest.mark.parametrize('damage', [lambda content: content[:len(content) // 2], lambda content: b'PK' + content[2:300], lambda content: bytes(5000)])
+@pytest.mark.parametrize('damage', [lambda content: content[:len(content) // 2],
+                                    lambda content: b'PK' + content[2:300], lambda content: bytes(5000)])
 def test_damaged_archives_are_named(tmp_path, damage):
     for pack in (zipped(tmp_path / 'x.zip', noises(4)), tarred(tmp_path / 'x.tgz', noises(4), 'w:gz')):
         with open(pack, 'rb') as f:
@@ -342,8 +362,9 @@ def test_damaged_archives_are_named(tmp_path, damage):
 
 
 @pytest.mark.parametrize('argv, words', [
-    ([], ['name a recipe']), (['--clips=3'], ['name a recipe']), (['fsd'], ["unknown recipe 'fsd'"]), (['folder'], ['--source']),
-    (['folder', '--source=/nowhere/at/all'], ['/nowhere/at/all']), (['demo', '--klips=3'], ['klips', 'clips']), (['folder', '--source=.', '--label=x'], ['label']),
+    ([], ['name a recipe']), (['--clips=3'], ['name a recipe']), (['fsd'], ["unknown recipe 'fsd'"]),
+    (['folder'], ['--source']), (['folder', '--source=/nowhere/at/all'], ['/nowhere/at/all']),
+    (['demo', '--klips=3'], ['klips', 'clips']), (['folder', '--source=.', '--label=x'], ['label']),
     (['folder', '--source=.', '--test_part=2'], ['test_part'])])
 def test_wrong_commands(tmp_path, monkeypatch, argv, words):
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,5 @@
-"""Pre-training as a run: schedules, processes and accumulation, resuming, refusals.   python -m pytest tests/test_pretrain.py"""
+"""Pre-training as a run: schedules, processes and accumulation, resuming, refusals.
+   python -m pytest tests/test_pretrain.py"""
 import json
 import os
 import shutil
@@ -16,7 +17,8 @@ from configurator import configure
 
 from .conftest import ROOT, TINY, call, is_one_line_error, script
 
-RUN = [*TINY, '--dataset=noises', '--batch_size=8', '--max_steps=6', '--warmup_steps=2', '--log_interval=1', '--save_interval=3', '--lr=1e-2']
+RUN = [*TINY, '--dataset=noises', '--batch_size=8', '--max_steps=6', '--warmup_steps=2', '--log_interval=1',
+       '--save_interval=3', '--lr=1e-2']
 
 
 def settings(*argv):
@@ -27,7 +29,8 @@ def log_of(out_dir):
     """The training lines of a log, without what is measured by the clock."""
     with open(os.path.join(out_dir, 'log.jsonl')) as f:
         lines = [json.loads(line) for line in f]
-    return [{key: value for key, value in line.items() if key not in ('time', 'clips_per_second')} for line in lines if 'step' in line]
+    return [{key: value for key, value in line.items() if key not in ('time', 'clips_per_second')}
+            for line in lines if 'step' in line]
 
 
 def weights_of(out_dir):
@@ -54,7 +57,8 @@ def straight(data_dir, tmp_path_factory):
 
 
 def test_schedules():
-    s = settings('--lr=1.0', '--warmup_steps=10', '--max_steps=110', '--ema_start=0.5', '--ema_end=0.9', '--ema_steps=4')
+    s = settings('--lr=1.0', '--warmup_steps=10', '--max_steps=110', '--ema_start=0.5', '--ema_end=0.9',
+                 '--ema_steps=4')
     assert [pretrain.lr_at(step, s) for step in (0, 5, 10)] == [0.0, 0.5, 1.0]
     assert pretrain.lr_at(60, s) == pytest.approx(0.5) and pretrain.lr_at(110, s) == pytest.approx(0.0, abs=1e-12)
     assert [pretrain.ema_decay_at(step, s) for step in (0, 2, 4, 99)] == pytest.approx([0.5, 0.7, 0.9, 0.9])
@@ -66,7 +70,8 @@ def test_optimizer_decays_matrices_only_unless_told():
     for flag, vectors in (('--decay_vectors=False', 0.0), ('--decay_vectors=True', 0.05)):
         s = settings(*TINY, flag)
         model = ASDA(pretrain.model_config(s))
-        decay = {id(p): group['weight_decay'] for group in pretrain.make_optimizer(model, s, process).param_groups for p in group['params']}
+        decay = {id(p): group['weight_decay'] for group in pretrain.make_optimizer(model, s, process).param_groups
+                 for p in group['params']}
         for name, p in model.named_parameters():
             if not name.startswith('teacher'):
                 is_vector = name.endswith('.bias') or 'norm' in name or name == 'encoder.cls'
@@ -82,7 +87,8 @@ def test_a_run_logs_learns_and_can_be_read(straight):
         assert all(key in line for line in lines)
     assert sorted(os.listdir(straight)) == ['ckpt.1.pt', 'ckpt.pt', 'log.jsonl']
     state = weights_of(straight)
-    assert {'model', 'config', 'optimizer', 'step', 'settings', 'metrics', 'version', 'commit'} <= set(state) and state['step'] == 6
+    assert ({'model', 'config', 'optimizer', 'step', 'settings', 'metrics', 'version', 'commit'} <= set(state)
+            and state['step'] == 6)
     assert state['metrics']['loss'] == lines[-1]['loss'] and state['config']['n_embd'] == 32
 
 
@@ -95,8 +101,8 @@ def test_the_same_run_again_gives_the_same_bits_with_workers_too(straight, data_
 def test_accumulated_and_distributed_runs_equal_one_process(straight, data_dir, tmp_path):
     accumulated, distributed = str(tmp_path / 'accumulated'), str(tmp_path / 'distributed')
     assert call(pretrain.run, *RUN, f'--data_dir={data_dir}', f'--out_dir={accumulated}', '--accumulate=2').code == 0
-    result = script('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'pretrain.py', *RUN, f'--data_dir={data_dir}',
-                    f'--out_dir={distributed}')
+    result = script('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'pretrain.py', *RUN,
+                    f'--data_dir={data_dir}', f'--out_dir={distributed}')
     assert result.returncode == 0, result.stderr
     want = log_of(straight)
     for out in (accumulated, distributed):
@@ -107,7 +113,7 @@ def test_accumulated_and_distributed_runs_equal_one_process(straight, data_dir, 
                 assert ours[key] == pytest.approx(theirs[key], rel=1e-5), (out, ours['step'], key)
         for name, tensor in weights_of(out)['model'].items():
             if name.endswith('attn.qk.bias'):
-                tensor, other = tensor[:64], weights_of(straight)['model'][name][:64]       # Q; K's true gradient is zero
+                tensor, other = tensor[:64], weights_of(straight)['model'][name][:64]   # Q; K's true gradient is zero
             else:
                 other = weights_of(straight)['model'][name]
             torch.testing.assert_close(tensor, other, atol=2e-5, rtol=1e-4, msg=name)
@@ -129,8 +135,10 @@ def test_resuming_goes_on_with_the_very_same_run(straight, data_dir, tmp_path):
 
 def test_sigterm_saves_and_says_how_to_go_on(straight, data_dir, tmp_path):
     out = str(tmp_path / 'stopped')
-    command = [sys.executable, 'pretrain.py', *RUN, '--max_steps=100000', f'--data_dir={data_dir}', f'--out_dir={out}', '--save_interval=100000']
-    running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    command = [sys.executable, 'pretrain.py', *RUN, '--max_steps=100000', f'--data_dir={data_dir}', f'--out_dir={out}',
+               '--save_interval=100000']
+    running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, 'OMP_NUM_THREADS': '1'})
     for line in running.stdout:
         if line.startswith('step 3/'):
             break
@@ -162,19 +170,23 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
 
 
 def test_a_loss_that_stays_nan_stops_the_run_and_names_the_clips(data_dir, tmp_path):
-    result = call(pretrain.run, *RUN, '--lr=1e30', '--warmup_steps=1', '--grad_clip=0', '--max_bad_steps=2', '--max_steps=30', f'--data_dir={data_dir}',
-                  f'--out_dir={tmp_path}/nan')
-    assert result.code == 1 and '2 steps in a row' in result.err and '.wav' in result.err and 'Traceback' not in result.err
+    result = call(pretrain.run, *RUN, '--lr=1e30', '--warmup_steps=1', '--grad_clip=0', '--max_bad_steps=2',
+                  '--max_steps=30', f'--data_dir={data_dir}', f'--out_dir={tmp_path}/nan')
+    assert (result.code == 1 and '2 steps in a row' in result.err and '.wav' in result.err
+            and 'Traceback' not in result.err)
     assert not os.path.exists(tmp_path / 'nan' / 'ckpt.pt')                 # nothing worth keeping was reached
 
 
 @pytest.mark.parametrize('argv, words', [
-    (['--frames=64', '--mask_block=5'], ['mask_block = 5', '4 x 8']), (['--frames=128', '--mask_block=5'], ['64 patches', 'mask_block']),
-    (['--frames=50'], ['frames = 50']), (['--frames=123200'], ['frames = 123200', 'too long']), (['--n_head=3'], ['n_embd = 32', 'n_head = 3']),
-    (['--decoder_groups=3'], ['decoder_groups = 3']), (['--accumulate=3'], ['batch_size = 8', 'accumulate = 3']), (['--dataset=absent'], ['absent', 'prepare']),
-    (['--dataset='], ['dataset']), (['--window=hann'], ['hann', 'hamming']), (['--device=tpu'], ['tpu']), (['--dtype=float8'], ['float8']),
-    (['--leave_out=noises/5'], ['leave_out']), (['--max_steps=0'], ['max_steps']), (['--warmup_steps=6'], ['warmup_steps = 6']), (['--seed=-1'], ['seed']),
-    (['--resume'], ['nothing to resume']), (['config/absent.py'], ['config/absent.py']), (['--mask_ratio=1.5'], ['mask_ratio']), (['--keep=0'], ['keep'])])
+    (['--frames=64', '--mask_block=5'], ['mask_block = 5', '4 x 8']),
+    (['--frames=128', '--mask_block=5'], ['64 patches', 'mask_block']), (['--frames=50'], ['frames = 50']),
+    (['--frames=123200'], ['frames = 123200', 'too long']), (['--n_head=3'], ['n_embd = 32', 'n_head = 3']),
+    (['--decoder_groups=3'], ['decoder_groups = 3']), (['--accumulate=3'], ['batch_size = 8', 'accumulate = 3']),
+    (['--dataset=absent'], ['absent', 'prepare']), (['--dataset='], ['dataset']),
+    (['--window=hann'], ['hann', 'hamming']), (['--device=tpu'], ['tpu']), (['--dtype=float8'], ['float8']),
+    (['--leave_out=noises/5'], ['leave_out']), (['--max_steps=0'], ['max_steps']),
+    (['--warmup_steps=6'], ['warmup_steps = 6']), (['--seed=-1'], ['seed']), (['--resume'], ['nothing to resume']),
+    (['config/absent.py'], ['config/absent.py']), (['--mask_ratio=1.5'], ['mask_ratio']), (['--keep=0'], ['keep'])])
 def test_refusals_at_the_start(data_dir, tmp_path, argv, words):
     result = call(pretrain.run, *RUN, f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out', *argv)
     assert is_one_line_error(result, *words)
@@ -194,21 +206,26 @@ def test_a_folder_with_a_run_is_not_overwritten(straight, data_dir):
 def test_a_changed_setting_is_said_when_going_on(straight, data_dir, tmp_path):
     out = str(tmp_path / 'changed')
     shutil.copytree(straight, out)
-    result = call(pretrain.run, *RUN, f'--data_dir={data_dir}', f'--out_dir={out}', '--resume', '--max_steps=7', '--log_interval=2')
-    assert result.code == 0 and 'max_steps 6 -> 7' in result.out and 'log_interval' not in result.out.split('changed since')[1].splitlines()[0]
+    result = call(pretrain.run, *RUN, f'--data_dir={data_dir}', f'--out_dir={out}', '--resume', '--max_steps=7',
+                  '--log_interval=2')
+    assert (result.code == 0 and 'max_steps 6 -> 7' in result.out
+            and 'log_interval' not in result.out.split('changed since')[1].splitlines()[0])
 
 
 def test_monitor_and_next_step(data_dir, tmp_path):
-    result = call(pretrain.run, *RUN, '--dataset=demo', '--eval_dataset=demo', '--eval_interval=3', f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out')
+    result = call(pretrain.run, *RUN, '--dataset=demo', '--eval_dataset=demo', '--eval_interval=3',
+                  f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out')
     assert result.code == 0, result.err
     scores = [line for line in log_of(tmp_path / 'out') if 'knn_cls' in line]
-    assert [line['step'] for line in scores] == [3, 6] and all(0 <= line['knn_cls'] <= 1 and line['effective_rank'] > 1 for line in scores)
+    assert ([line['step'] for line in scores] == [3, 6]
+            and all(0 <= line['knn_cls'] <= 1 and line['effective_rank'] > 1 for line in scores))
     assert 'time left' not in result.out and 'left' in result.out and 'next:  python eval.py --ckpt=' in result.out
 
 
 def test_parts_of_a_union_are_left_out(data_dir, tmp_path):
     began = time.time()
-    result = call(pretrain.run, *RUN, '--dataset=noises,demo', '--splits=train,test', '--max_steps=3', f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out')
+    result = call(pretrain.run, *RUN, '--dataset=noises,demo', '--splits=train,test', '--max_steps=3',
+                  f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out')
     assert result.code == 0 and '224 clips' in result.out and time.time() - began < 60
 
 
@@ -218,6 +235,7 @@ def test_bf16_follows_float32(data_dir, tmp_path):
     logs = []
     for dtype in ('float32', 'bfloat16'):
         out = str(tmp_path / dtype)
-        assert call(pretrain.run, *RUN, '--lr=1e-3', '--max_steps=60', '--dataset=demo', f'--dtype={dtype}', f'--data_dir={data_dir}', f'--out_dir={out}').code == 0
+        assert call(pretrain.run, *RUN, '--lr=1e-3', '--max_steps=60', '--dataset=demo', f'--dtype={dtype}',
+                    f'--data_dir={data_dir}', f'--out_dir={out}').code == 0
         logs.append([line['loss'] for line in log_of(out)])
     assert logs[1] == pytest.approx(logs[0], rel=0.02)
