@@ -80,14 +80,18 @@ def read_fairseq(path):
                               f'{str(error)[:100]})') from None
 
 
-class CheckpointUnpickler(pickle.Unpickler):
-    """Allow-list: tensors over the archive's storages and plain containers. Nothing that a file names is imported."""
+class CheckpointUnpickler(pickle._Unpickler):
+    """Allow-list: tensors over the archive's storages and plain containers. Nothing that a file names is imported.
+
+    The unpickler written in Python, since the one in C takes as much memory as a number in a hostile file asks for.
+    """
 
     def __init__(self, archive, pickled):
         if archive.getinfo(pickled).file_size > 1 << 28:
             raise ValueError('its pickle is larger than 256 MiB')
         super().__init__(io.BytesIO(archive.read(pickled)))
-        self.archive, self.root, self.storages, self.elements = archive, pickled[:-len('data.pkl')], {}, 0
+        self.archive, self.root, self.storages = archive, pickled[:-len('data.pkl')], {}
+        self.stored = self.elements = 0             # bytes read, elements handed out
 
     def find_class(self, module, name):
         """Everything is made anew for each call, so that a file cannot alter what later files get."""
@@ -112,9 +116,9 @@ class CheckpointUnpickler(pickle.Unpickler):
             info = self.archive.getinfo(f'{self.root}data/{key}')
             if info.compress_type != zipfile.ZIP_STORED:                    # PyTorch never compresses: no zip bombs
                 raise ValueError('its tensors are compressed')
-            self.elements += info.file_size
-            if self.elements > 4 * MAX_ELEMENTS:
-                raise ValueError('its tensors are larger than 8 GiB')
+            self.stored += info.file_size
+            if self.stored > 4 * MAX_ELEMENTS:
+                raise ValueError('its tensors are too large')
             content = bytearray(self.archive.read(info))
             self.storages[key] = (torch.frombuffer(content, dtype=storage_type.dtype) if content
                                   else torch.empty(0, dtype=storage_type.dtype))
@@ -123,6 +127,9 @@ class CheckpointUnpickler(pickle.Unpickler):
     def rebuild_tensor(self, storage, offset, size, stride):
         if not isinstance(storage, torch.Tensor) or math.prod(size) > len(storage):
             raise ValueError('a tensor larger than its storage')
+        self.elements += math.prod(size)
+        if self.elements > MAX_ELEMENTS:
+            raise ValueError('its tensors are too large')
         return torch.as_strided(storage, size, stride, offset).clone()
 
 

@@ -1,11 +1,14 @@
-"""The README's table: five tasks from one pre-trained checkpoint, beside the same model from scratch and log-mel statistics.
+"""The README's table: five tasks from one pre-trained checkpoint, beside the same model from scratch and log-mel
+statistics.
 
     python results.py --ckpt=out/real/ckpt.pt                  # everything; finished runs are not run again
     python results.py --ckpt=out/real/ckpt.pt --arms=scratch   # only one of pretrained, scratch, probes
 
-Learning rate (and, from scratch, length) are chosen by the validation accuracy of the first seed; then each seed is run with the
-choice, and its best checkpoint (by validation) meets the test split once. Every run is a finetune.py command, written to its log.
+Learning rate (and, from scratch, length) are chosen by the validation accuracy of the first seed; then each seed is
+run with the choice, and its best checkpoint (by validation) meets the test split once. Every run is a finetune.py
+command, written to its log.
 """
+
 import concurrent.futures
 import json
 import os
@@ -18,37 +21,56 @@ import configurator
 import eval as evaluation
 import runtime
 
-ckpt = 'out/real/ckpt.pt'               # the pre-trained checkpoint
-out_dir = 'out/results'                 # one folder per run goes here
-data_dir = 'data'                       # prepared demo, fsdd, wakewords and esc10
-arms = 'pretrained,scratch,probes'      # what to run
-seeds = 2                               # seeds per task: other labels, other random numbers
-jobs = 2                                # runs at a time, one CPU thread each
+ckpt = 'out/real/ckpt.pt'  # the pre-trained checkpoint
+out_dir = 'out/results'  # one folder per run goes here
+data_dir = 'data'  # prepared demo, fsdd, wakewords and esc10
+arms = 'pretrained,scratch,probes'  # what to run
+seeds = 2  # seeds per task: other labels, other random numbers
+jobs = 2  # runs at a time, one CPU thread each
 
-TASKS = {                               # name: (finetune.py arguments, updates, frames)
+TASKS = {  # name: (finetune.py arguments, updates, frames)
     'FSDD, 10 labels per class': (['config/finetune_fsdd.py', '--labels_per_class=10'], 300),
     'FSDD, unheard speaker': (['config/finetune_fsdd.py', '--fold=theo'], 600),
     'wakewords, 10 labels per class': (['config/finetune_wakewords.py'], 300),
     'ESC-10, fold 5': (['config/finetune_esc10.py'], 300),
-    'demo, 10 labels per class': (['config/finetune_demo.py'], 300)}
-ARMS = {                                # arm: (further arguments, learning rates, multiples of the task's updates)
+    'demo, 10 labels per class': (['config/finetune_demo.py'], 300),
+}
+ARMS = {  # arm: (further arguments, learning rates, multiples of the task's updates)
     'pretrained': ([], (2e-4, 6e-4), (1,)),
-    'scratch': (['--init=scratch', '--layer_decay=1'], (3e-4, 1e-3), (1, 3))}
+    'scratch': (['--init=scratch', '--layer_decay=1'], (3e-4, 1e-3), (1, 3)),
+}
 
 
 def finetune(settings, task, arm, lr, multiple, seed):
-    """Run one finetune.py command to its end, or find it finished -> (validation accuracy of the best checkpoint, test scores of it)."""
+    """Run one finetune.py command to its end, or find it finished -> (best validation accuracy, that checkpoint's test scores)."""
     arguments, updates = TASKS[task]
-    folder = os.path.join(settings.out_dir, f'{"".join(c if c.isalnum() else "_" for c in task)}-{arm}-{lr:g}-x{multiple}-seed{seed}')
+    folder = os.path.join(
+        settings.out_dir, f'{"".join(c if c.isalnum() else "_" for c in task)}-{arm}-{lr:g}-x{multiple}-seed{seed}'
+    )
     if (found := finished(folder)) is None:
-        command = [sys.executable, os.path.join(runtime.MODULE_DIR, 'finetune.py'), os.path.join(runtime.MODULE_DIR, arguments[0]), *arguments[1:],
-                   *ARMS[arm][0], f'--ckpt={settings.ckpt}', f'--data_dir={settings.data_dir}', f'--out_dir={folder}', f'--lr={lr}',
-                   f'--max_steps={updates * multiple}', f'--seed={seed}', '--threads=1', *(['--resume'] if os.path.exists(f'{folder}/ckpt.pt') else ['--overwrite'])]
+        command = [
+            sys.executable,
+            os.path.join(runtime.MODULE_DIR, 'finetune.py'),
+            os.path.join(runtime.MODULE_DIR, arguments[0]),
+            *arguments[1:],
+            *ARMS[arm][0],
+            f'--ckpt={settings.ckpt}',
+            f'--data_dir={settings.data_dir}',
+            f'--out_dir={folder}',
+            f'--lr={lr}',
+            f'--max_steps={updates * multiple}',
+            f'--seed={seed}',
+            '--threads=1',
+            *(['--resume'] if os.path.exists(f'{folder}/ckpt.pt') else ['--overwrite']),
+        ]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
-            raise runtime.RunError(f'{" ".join(command)} ended with {result.returncode}: {result.stderr.strip()[-300:]}')
+            raise runtime.RunError(
+                f'{" ".join(command)} ended with {result.returncode}: {result.stderr.strip()[-300:]}'
+            )
         found = finished(folder)
-    print(f'{task}, {arm}, lr {lr:g}, x{multiple}, seed {seed}: validation {found[0]:.1%}, test {evaluation.describe(found[1])}', flush=True)
+    scores = evaluation.describe(found[1])
+    print(f'{task}, {arm}, lr {lr:g}, x{multiple}, seed {seed}: validation {found[0]:.1%}, test {scores}', flush=True)
     return found
 
 
@@ -68,18 +90,33 @@ def tuned(settings, task, arm, pool):
     grid = [(lr, multiple) for multiple in multiples for lr in rates]
     first = list(pool.map(lambda choice: finetune(settings, task, arm, *choice, seed=1), grid))
     lr, multiple = grid[int(np.argmax([valid for valid, _ in first]))]
-    others = list(pool.map(lambda seed: finetune(settings, task, arm, lr, multiple, seed), range(2, settings.seeds + 1)))
+    others = list(
+        pool.map(lambda seed: finetune(settings, task, arm, lr, multiple, seed), range(2, settings.seeds + 1))
+    )
     return [first[grid.index((lr, multiple))][1]] + [scores for _, scores in others]
 
 
 def probes(settings, task):
     """{features and probe: [test scores of each seed]}"""
     arguments, _ = TASKS[task]
-    tune = configurator.configure(os.path.join(runtime.MODULE_DIR, 'finetune.py'), [os.path.join(runtime.MODULE_DIR, arguments[0]), *arguments[1:]])
+    tune = configurator.configure(
+        os.path.join(runtime.MODULE_DIR, 'finetune.py'),
+        [os.path.join(runtime.MODULE_DIR, arguments[0]), *arguments[1:]],
+    )
     found = {}
     for seed in range(1, settings.seeds + 1):
-        how = configurator.configure(evaluation.__file__, [f'--ckpt={settings.ckpt}', f'--dataset={tune.dataset}', f'--data_dir={settings.data_dir}',
-                                     f'--fold={tune.fold}', f'--labels_per_class={tune.labels_per_class}', f'--seed={seed}', '--device=cpu'])
+        how = configurator.configure(
+            evaluation.__file__,
+            [
+                f'--ckpt={settings.ckpt}',
+                f'--dataset={tune.dataset}',
+                f'--data_dir={settings.data_dir}',
+                f'--fold={tune.fold}',
+                f'--labels_per_class={tune.labels_per_class}',
+                f'--seed={seed}',
+                '--device=cpu',
+            ],
+        )
         process = runtime.start(how.device)
         autocast, _ = runtime.autocast(process, how.dtype)
         loaded = evaluation.open_checkpoint(settings.ckpt)
@@ -93,8 +130,12 @@ def probes(settings, task):
 
 def cell(scores):
     """'81.2 / 78.8 % (65 / 63 of 80)'"""
-    return (' / '.join(f'{100 * score["accuracy"]:.1f}' for score in scores) + ' % ('
-            + ' / '.join(str(score['right']) for score in scores) + f' of {scores[0]["clips"]})')
+    return (
+        ' / '.join(f'{100 * score["accuracy"]:.1f}' for score in scores)
+        + ' % ('
+        + ' / '.join(str(score['right']) for score in scores)
+        + f' of {scores[0]["clips"]})'
+    )
 
 
 def run(argv):
@@ -103,7 +144,11 @@ def run(argv):
     with concurrent.futures.ThreadPoolExecutor(settings.jobs) as pool:
         for arm in settings.arms.split(','):
             for task in TASKS:
-                rows = probes(settings, task) if arm == 'probes' else {f'fine-tuned, {arm}': tuned(settings, task, arm, pool)}
+                rows = (
+                    probes(settings, task)
+                    if arm == 'probes'
+                    else {f'fine-tuned, {arm}': tuned(settings, task, arm, pool)}
+                )
                 for row, scores in rows.items():
                     table.setdefault(row, {})[task] = scores
     print('\n| | ' + ' | '.join(TASKS) + ' |\n|' + '---|' * (len(TASKS) + 1))

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -184,6 +185,14 @@ def check_out_dir(out_dir, resume, overwrite):
     return resume
 
 
+def clear_out_dir(out_dir):
+    """Remove the run that --overwrite replaces, so that none of its checkpoints can be taken for the new run's."""
+    if os.path.isdir(out_dir):
+        for file in os.listdir(out_dir):
+            if re.fullmatch(r'(ckpt(\.\d+)?|best)\.pt|log\.jsonl', file):
+                os.remove(os.path.join(out_dir, file))
+
+
 def save_checkpoint(path, state, keep=2):
     """Write to a temporary name, fsync, rename;
     of earlier ones the newest keep - 1 stay as NAME.1.pt, NAME.2.pt, ..."""
@@ -293,10 +302,13 @@ class Log:
     """out_dir/log.jsonl, one JSON object a line, written by the main process and flushed at each."""
 
     def __init__(self, out_dir, process, resume_at=None):
-        """resume_at: the step of the checkpoint that goes on; lines of later steps are dropped."""
+        """resume_at: the step of the checkpoint that goes on; lines of later steps are dropped. None: a new run, which
+        removes the one in out_dir."""
         self.file = None
         if not process.is_main:
             return
+        if resume_at is None:
+            clear_out_dir(out_dir)
         os.makedirs(out_dir, exist_ok=True)
         path = os.path.join(out_dir, 'log.jsonl')
         if resume_at is not None and os.path.exists(path):

@@ -2,10 +2,10 @@
 
     torchrun --nproc_per_node=4 pretrain.py config/as2m.py
 
-What it costs: 796,723 updates of 48 clips x 16 students, about 5.4e19 floating-point operations; the base step of 48 clips
-asks for about 55 TFLOP. The data take 612 GB as packed 16-bit PCM. Time: not measured by us with this code; the authors'
-code reaches 90 clips/s on one H100, which is 118 hours for the 38 million clips. What to expect: 49.0 mAP on AudioSet and
-41.5 on its balanced part after fine-tuning (the paper's Table 1); we have not run it to the end.
+What it costs: 796,723 updates of 48 clips x 16 students, about 4.4e19 floating-point operations by count, 1.14e12 a
+clip. The data take 612 GB as packed 16-bit PCM. Time: not measured by us with this code; the
+authors' code reaches 90 clips/s on one H100, which is 118 hours for the 38 million clips. What to expect: 49.0 mAP on
+AudioSet and 41.5 on its balanced part after fine-tuning (the paper's Table 1); we have not run it to the end.
 """
 out_dir = 'out/as2m'
 dataset = 'as2m'

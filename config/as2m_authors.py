@@ -1,9 +1,10 @@
-"""AudioSet-2M as the authors' released code does it, where it differs from the paper (README, "Paper and authors' code").
+"""AudioSet-2M as the authors' released code does it, where it differs from the paper (README, "Paper and authors'
+code").
 
     torchrun --nproc_per_node=4 pretrain.py config/as2m_authors.py
 
-What it costs, how long it takes: as config/as2m.py (512 instead of 504 patches: 2 % more). What to expect: the paper's figures
-come from this code; we have not run it to the end. Time per step: see config/as2m.py.
+What it costs, how long it takes: as config/as2m.py (512 instead of 504 patches: 2 % more). What to expect: the
+paper's figures come from this code; we have not run it to the end. Time per step: see config/as2m.py.
 """
 out_dir = 'out/as2m_authors'
 dataset = 'as2m'

@@ -1,4 +1,10 @@
-"""Ten classes of synthetic sounds on a small model."""
+"""Ten classes of synthetic sounds on a small model: to see that it works, and to hack.
+
+    python pretrain.py config/demo.py
+
+What it costs: 600 updates of 32 clips x 8 students. Time: under four minutes on two CPU cores. What to expect: the
+explained share rises past 60 %, and the kNN accuracy of the features well above chance (10 %).
+"""
 out_dir = 'out/demo'
 dataset = eval_dataset = 'demo'
 frames = 128
@@ -7,10 +13,10 @@ decoder_layers = 3
 n_students = 8
 mask_block = 3
 batch_size = 32
-max_steps = 1000
-warmup_steps = 100
+max_steps = 600
+warmup_steps = 60
 lr = 1e-3
 ema_start, ema_end, ema_steps = 0.99, 0.999, max_steps
-eval_interval = 250
-save_interval = 250
+eval_interval = 150
+save_interval = 150
 workers = 0

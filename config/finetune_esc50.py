@@ -3,8 +3,8 @@
     python prepare.py esc50
     python finetune.py config/finetune_esc50.py --ckpt=CHECKPOINT --fold=all
 
-What it costs: 4,000 updates of 48 five-second clips per fold, base model. Time: not measured by us on a GPU. What to expect: the
-paper reports 96.1 % from AudioSet-2M pre-training; we have no such checkpoint and did not run it.
+What it costs: 4,000 updates of 48 five-second clips per fold, base model. Time: not measured by us on a GPU. What to
+expect: the paper reports 96.1 % from AudioSet-2M pre-training; we have no such checkpoint and did not run it.
 """
 out_dir = 'out/finetune_esc50'
 dataset = 'esc50'

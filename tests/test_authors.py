@@ -1,4 +1,6 @@
-"""The authors' and EAT's checkpoints reproduce what their own code computed from them.   python -m pytest tests/test_authors.py"""
+"""The authors' and EAT's checkpoints reproduce what their own code computed from them. python -m pytest
+tests/test_authors.py"""
+
 import argparse
 import collections
 import datetime
@@ -34,11 +36,13 @@ def close(ours, theirs, tolerance=1e-4):
 
 
 # Their names of the gradients in the fixtures -> ours; EAT's attention has one qkv matrix.
-GRADIENTS = {'modality_encoders.IMAGE.extra_tokens': 'encoder.cls',
-             'modality_encoders.IMAGE.local_encoder.proj.weight': 'encoder.patch_embed.weight',
-             'modality_encoders.IMAGE.decoder.blocks.0.0.weight': 'decoder.convs.0.weight',
-             'blocks.0.attn.qk.weight': 'encoder.blocks.0.attn.qk.weight',
-             'blocks.1.attn.v.bias': 'encoder.blocks.1.attn.v.bias'}
+GRADIENTS = {
+    'modality_encoders.IMAGE.extra_tokens': 'encoder.cls',
+    'modality_encoders.IMAGE.local_encoder.proj.weight': 'encoder.patch_embed.weight',
+    'modality_encoders.IMAGE.decoder.blocks.0.0.weight': 'decoder.convs.0.weight',
+    'blocks.0.attn.qk.weight': 'encoder.blocks.0.attn.qk.weight',
+    'blocks.1.attn.v.bias': 'encoder.blocks.1.attn.v.bias',
+}
 
 
 @pytest.mark.parametrize('kind', ['authors', 'eat'])
@@ -47,9 +51,11 @@ def test_pretraining_forward_losses_and_gradients(kind):
     # The fixture's utterance term is 0.5 x the SUM over 8 views; ours is a mean, so the scale is 8.
     model = authors.load_pretrained(fixture(f'{kind}_tiny_pretrain.pt'), utterance_scale=8.0)
     spec, mask = want['spectrogram'], want['mask'].view(2, 4, 64).bool()
-    order = want['ids_keep'].argsort(dim=1)                                 # ours are in rising order
+    order = want['ids_keep'].argsort(dim=1)  # ours are in rising order
     keep = want['ids_keep'].gather(1, order)
-    student = torch.cat([want['student_out'][:, :1], want['student_out'][:, 1:].gather(1, order[:, :, None].expand(-1, -1, 64))], dim=1)
+    student = torch.cat(
+        [want['student_out'][:, :1], want['student_out'][:, 1:].gather(1, order[:, :, None].expand(-1, -1, 64))], dim=1
+    )
     assert close(model.encoder(spec, keep), student)
     frame_target, utterance_target = model.targets(spec)
     assert close(frame_target, want['targets'])
@@ -79,14 +85,15 @@ def test_classifier_features_and_logits(kind):
 
 def test_architecture_follows_from_the_shapes():
     asda = authors.load_pretrained(fixture('authors_tiny_pretrain.pt'), utterance_scale=192.0, frames=1008).config
-    assert (asda.n_layer, asda.n_head, asda.n_embd, asda.ffn_ratio) == (2, 4, 64, 3.5)      # the file's cfg says 4.0
+    assert (asda.n_layer, asda.n_head, asda.n_embd, asda.ffn_ratio) == (2, 4, 64, 3.5)  # the file's cfg says 4.0
     assert (asda.diff_lambda, asda.head_norm, asda.attn_scale, asda.pos_embed) == (0.1, 'all', 0.95, '2d')
     assert (asda.decoder_layers, asda.decoder_groups, asda.utterance_scale, asda.frames) == (2, 16, 192.0, 1008)
     eat = authors.load_classifier(fixture('eat_tiny_finetune.pt')).config
     assert (eat.diff_lambda, eat.head_norm, eat.ffn_ratio, eat.n_head, eat.frames) == (0.0, 'none', 4.0, 4, 128)
 
 
-# ---------------------------------------------------------------------------------------------------- what a file may hold
+# ------------------------------------------------------------------------------------------- what a file may hold
+
 
 class Run:
     """Pickles into a call of os.system."""
@@ -116,12 +123,18 @@ def resaved(path, change, name='authors_tiny_pretrain.pt'):
 
 def test_objects_of_other_packages_become_inert(tmp_path):
     def change(state):
-        state['cfg'] = {'model': argparse.Namespace(num_heads=4, when=datetime.date.today(), colour=Colour.RED), 'task': {'target_length': 128},
-                        'space': types.SimpleNamespace(a=1), 'dtype': np.float32(3), 'deque': collections.deque([1, 2])}
+        state['cfg'] = {
+            'model': argparse.Namespace(num_heads=4, when=datetime.date.today(), colour=Colour.RED),
+            'task': {'target_length': 128},
+            'space': types.SimpleNamespace(a=1),
+            'dtype': np.float32(3),
+            'deque': collections.deque([1, 2]),
+        }
         state['args'] = argparse.Namespace(path='x')
+
     path = resaved(tmp_path / 'odd.pt', change)
     with pytest.raises(pickle.UnpicklingError):
-        torch.load(path, weights_only=True)                                 # so the allow-list reader is what opens it
+        torch.load(path, weights_only=True)  # so the allow-list reader is what opens it
     ours, theirs = authors.load_pretrained(path), authors.load_pretrained(fixture('authors_tiny_pretrain.pt'))
     assert ours.config == theirs.config
     assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values()))
@@ -142,8 +155,10 @@ def test_code_in_a_file_does_not_run(tmp_path, where, kind):
             state['model'][('a', 'tuple')] = bomb
         else:
             return bomb
+
     path = resaved(tmp_path / 'bomb.pt', change)
     import eval as evaluation
+
     result = call(evaluation.run, f'--ckpt={path}', f'--embed={tmp_path}/x.npz', '--dataset=none')
     assert result.code == 2 and 'Traceback' not in result.err
     try:
@@ -151,14 +166,27 @@ def test_code_in_a_file_does_not_run(tmp_path, where, kind):
     except CheckpointError as error:
         assert 'bomb.pt' in str(error)
     assert not marker.exists()
-    torch.load(path, weights_only=False)                                    # the bomb is a real one
+    torch.load(path, weights_only=False)  # the bomb is a real one
     assert marker.exists()
 
 
 def test_a_pickle_that_patches_what_it_gets_changes_nothing_for_others(tmp_path):
     """BUILD can set attributes of what find_class returns: it must not be shared with the next file."""
-    code = (pickle.PROTO + b'\x02' + pickle.GLOBAL + b'torch._utils\n_rebuild_tensor_v2\n' + pickle.EMPTY_DICT + pickle.MARK + pickle.BINUNICODE
-            + b'\x08\x00\x00\x00__code__' + pickle.BININT1 + b'\x01' + pickle.SETITEMS + pickle.BUILD + pickle.STOP)
+    code = (
+        pickle.PROTO
+        + b'\x02'
+        + pickle.GLOBAL
+        + b'torch._utils\n_rebuild_tensor_v2\n'
+        + pickle.EMPTY_DICT
+        + pickle.MARK
+        + pickle.BINUNICODE
+        + b'\x08\x00\x00\x00__code__'
+        + pickle.BININT1
+        + b'\x01'
+        + pickle.SETITEMS
+        + pickle.BUILD
+        + pickle.STOP
+    )
     with zipfile.ZipFile(tmp_path / 'odd.pt', 'w') as archive:
         archive.writestr('odd/data.pkl', code)
     with pytest.raises(CheckpointError):
@@ -170,12 +198,26 @@ def drop(state, name):
     del state['model'][name]
 
 
-@pytest.mark.parametrize('change, message', [
-    (lambda s: drop(s, '_ema'), 'no teacher'), (lambda s: drop(s, 'blocks.1.attn.v.bias'), 'v.bias is missing'),
-    (lambda s: s['model'].update({'blocks.0.attn.v.bias': torch.zeros(3)}), r'v.bias is \(3,\)'), (lambda s: s['model'].update(surprise=torch.zeros(3)), 'surprise'),
-    (lambda s: s['model'].update({'modality_encoders.IMAGE.fixed_positional_encoder.positions': torch.zeros(1, 512, 64)}), 'positions'),
-    (lambda s: s['model'].update({'blocks.0.attn.v.bias': 'text'}), 'v.bias is str'), (lambda s: {'model': {}}, 'no decoder'), (lambda s: {'weights': 1}, 'no model'),
-    (lambda s: [1, 2], 'not a fairseq'), (lambda s: s['cfg']['model'].update(num_heads=7), 'n_head = 7')])
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (lambda s: drop(s, '_ema'), 'no teacher'),
+        (lambda s: drop(s, 'blocks.1.attn.v.bias'), 'v.bias is missing'),
+        (lambda s: s['model'].update({'blocks.0.attn.v.bias': torch.zeros(3)}), r'v.bias is \(3,\)'),
+        (lambda s: s['model'].update(surprise=torch.zeros(3)), 'surprise'),
+        (
+            lambda s: s['model'].update(
+                {'modality_encoders.IMAGE.fixed_positional_encoder.positions': torch.zeros(1, 512, 64)}
+            ),
+            'positions',
+        ),
+        (lambda s: s['model'].update({'blocks.0.attn.v.bias': 'text'}), 'v.bias is str'),
+        (lambda s: {'model': {}}, 'no decoder'),
+        (lambda s: {'weights': 1}, 'no model'),
+        (lambda s: [1, 2], 'not a fairseq'),
+        (lambda s: s['cfg']['model'].update(num_heads=7), 'n_head = 7'),
+    ],
+)
 def test_wrong_files_are_named(tmp_path, change, message):
     with pytest.raises(CheckpointError, match=f'(?s)odd.pt.*{message}'):
         authors.load_pretrained(resaved(tmp_path / 'odd.pt', change))

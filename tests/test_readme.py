@@ -1,4 +1,5 @@
 """The README's commands and what it says of files and settings.   python -m pytest tests/test_readme.py"""
+
 import os
 import re
 import shlex
@@ -15,16 +16,25 @@ from .conftest import ROOT, TINY, call, write_wav
 
 with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as f:
     README = f.read()
-COMMANDS = [shlex.split(line.split('&&')[-1], comments=True) for block in re.findall(r'```sh\n(.*?)```', README, re.S)
-            for line in block.splitlines() if line.strip() and not line.startswith('#')]
+COMMANDS = [
+    shlex.split(line.split('&&')[-1], comments=True)
+    for block in re.findall(r'```sh\n(.*?)```', README, re.S)
+    for line in block.splitlines()
+    if line.strip() and not line.startswith('#')
+]
 DEMO = [command[2:] for command in COMMANDS if command[:3] == ['python', 'pretrain.py', 'config/demo.py']]
 SHORT = ['--max_steps=2', '--warmup_steps=1', '--batch_size=4', '--n_layer=1', '--eval_clips=60', '--threads=1']
 
 
 def options_of(script):
     from configurator import settings_of
+
     known = set(settings_of(os.path.join(ROOT, script)))
-    return known | set(settings_of(os.path.join(ROOT, 'model.py'), 'ASDAConfig')) if script in ('pretrain.py', 'finetune.py') else known
+    return (
+        known | set(settings_of(os.path.join(ROOT, 'model.py'), 'ASDAConfig'))
+        if script in ('pretrain.py', 'finetune.py')
+        else known
+    )
 
 
 def test_there_are_ten_hacks_and_both_first_commands():
@@ -38,7 +48,7 @@ def test_every_option_and_config_exists(command):
     if script is None:
         return
     assert os.path.exists(os.path.join(ROOT, script))
-    for word in command[command.index(script) + 1:]:
+    for word in command[command.index(script) + 1 :]:
         if word.startswith('--'):
             assert word[2:].split('=')[0] in options_of(script), word
         elif word.startswith('config/'):
@@ -47,10 +57,14 @@ def test_every_option_and_config_exists(command):
             assert script == 'prepare.py' and word in prepare.RECIPES, word
 
 
-@pytest.mark.parametrize('command', [c for c in DEMO if '--dataset=mine' not in c], ids=lambda c: ' '.join(c[1:]) or 'demo')
+@pytest.mark.parametrize(
+    'command', [c for c in DEMO if '--dataset=mine' not in c], ids=lambda c: ' '.join(c[1:]) or 'demo'
+)
 def test_demo_and_hacks_run(data_dir, tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
-    result = call(pretrain.run, os.path.join(ROOT, command[0]), *command[1:], *SHORT, f'--data_dir={data_dir}', '--out_dir=out/x')
+    result = call(
+        pretrain.run, os.path.join(ROOT, command[0]), *command[1:], *SHORT, f'--data_dir={data_dir}', '--out_dir=out/x'
+    )
     assert result.code == 0 and 'kNN accuracy' in result.out, result.err
 
 
@@ -64,9 +78,18 @@ def test_the_path_from_a_folder_of_ones_own(tmp_path, monkeypatch):
         write_wav(str(tmp_path / 'MY_SOUNDS' / ('noise', 'tone')[i % 2] / f'{i}.wav'), wave)
     for name in ('A.wav', 'B.flac'):
         write_wav(str(tmp_path / name), np.sin(np.arange(16000) / 5))
-    runs = {'prepare.py': prepare.run, 'pretrain.py': pretrain.run, 'finetune.py': finetune.run, 'eval.py': evaluation.run}
-    short = {'prepare.py': ['--workers=0'], 'pretrain.py': SHORT, 'finetune.py': ['--max_steps=2', '--warmup_steps=1', '--batch_size=4', '--workers=0'],
-             'eval.py': []}
+    runs = {
+        'prepare.py': prepare.run,
+        'pretrain.py': pretrain.run,
+        'finetune.py': finetune.run,
+        'eval.py': evaluation.run,
+    }
+    short = {
+        'prepare.py': ['--workers=0'],
+        'pretrain.py': SHORT,
+        'finetune.py': ['--max_steps=2', '--warmup_steps=1', '--batch_size=4', '--workers=0'],
+        'eval.py': [],
+    }
     mine = [command for command in COMMANDS if any('mine' in word for word in command)]
     assert len(mine) == 5
     for _, script, *arguments in mine:
