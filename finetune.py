@@ -223,10 +223,7 @@ def train(settings, process):
     first, best = 0, -math.inf
     if resuming:
         first, best = resume_run(model, optimizer, settings, config, input_info, process)
-    network = model
-    if process.world > 1:
-        network = DistributedDataParallel(model, device_ids=[process.device] if process.device.type == 'cuda' else None,
-                                          gradient_as_bucket_view=True, broadcast_buffers=False)
+    network = runtime.distribute(model, process)
     if settings.compile and runtime.can_compile(process):
         network.compile()
 

@@ -42,7 +42,7 @@ ARMS = {  # arm: (further arguments, learning rates, multiples of the task's upd
 
 
 def finetune(settings, task, arm, lr, multiple, seed):
-    """Run one finetune.py command to its end, or find it finished -> (best validation accuracy, that checkpoint's test scores)."""
+    """Run one finetune.py command to its end, or find it finished -> (validation accuracy, test scores) of its best."""
     arguments, updates = TASKS[task]
     folder = os.path.join(
         settings.out_dir, f'{"".join(c if c.isalnum() else "_" for c in task)}-{arm}-{lr:g}-x{multiple}-seed{seed}'

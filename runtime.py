@@ -3,6 +3,7 @@
 This file must not know the network, audio or any stage; a stage script hands it tensors and plain values.
 """
 import contextlib
+import inspect
 import json
 import os
 import platform
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from configurator import ConfigError
 from data import DataError
@@ -35,6 +37,8 @@ def main(run):
     """Call run(sys.argv[1:]); a user's mistake becomes one line on stderr and exit code 2, never a traceback."""
     try:
         run(sys.argv[1:])
+        if dist.is_initialized():
+            dist.barrier()                                                  # nobody leaves while another still needs it
     except (ConfigError, DataError, CheckpointError, RunError) as error:
         if os.environ.get('RANK', '0') == '0':
             print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
@@ -101,6 +105,17 @@ def start(device='auto', threads=0):
     if world > 1:
         dist.init_process_group('nccl' if device == 'cuda' else 'gloo')
     return Process(rank, world, torch.device(device, local) if device == 'cuda' else torch.device(device))
+
+
+def distribute(model, process):
+    """The model itself, or its DistributedDataParallel wrapper: gradients live in the buckets that are averaged."""
+    if process.world == 1:
+        return model
+    # Our buffers are constants; what keeps them from being sent at every step was renamed after PyTorch 2.13.
+    renamed = 'forward_sync_buffers' in inspect.signature(DistributedDataParallel).parameters
+    return DistributedDataParallel(model, device_ids=[process.device] if process.device.type == 'cuda' else None,
+                                   gradient_as_bucket_view=True,
+                                   **{'forward_sync_buffers' if renamed else 'broadcast_buffers': False})
 
 
 def autocast(process, dtype):
