@@ -206,7 +206,7 @@ class Clips:
     def fingerprint(self):
         """A short text that changes when the chosen clips or their order change."""
         digest = hashlib.sha256(json.dumps([m['name'] for m in self.metas]).encode())
-        for name in ('hash', 'length', 'label'):
+        for name in ('hash', 'length', 'label', 'stats'):
             digest.update(np.ascontiguousarray(self.arrays[name]).tobytes())
         return digest.hexdigest()[:16]
 

@@ -69,9 +69,11 @@ dtype = 'auto'                  # float32 or bfloat16 (autocast); auto: bfloat16
 compile = False                 # torch.compile
 workers = 2                     # processes that read clips ahead; 0: none
 threads = 0                     # CPU threads of one process; 0: PyTorch's choice
+deterministic = False           # the same bits in every run on a GPU too, at some cost (on a CPU they always are)
+other_data = False              # go on although the data are not those that the run began with
 
-FREE_SETTINGS = ('out_dir', 'resume', 'overwrite', 'data_dir', 'ckpt', 'log_interval', 'save_interval', 'keep',
-                 'device', 'workers', 'threads', 'accumulate')
+FREE_SETTINGS = ('out_dir', 'resume', 'overwrite', 'other_data', 'max_bad_steps', 'data_dir', 'ckpt', 'log_interval',
+                 'save_interval', 'keep', 'device', 'workers', 'threads', 'accumulate')
 HEAD_CHOICES = ('cls_position', 'pooling')      # fields of ASDAConfig that fine-tuning may change (Table 2)
 
 
@@ -222,7 +224,9 @@ def train(settings, process):
     optimizer = make_optimizer(model, settings, process)
     first, best = 0, -math.inf
     if resuming:
-        first, best = resume_run(model, optimizer, settings, config, input_info, process)
+        state = runtime.resume(settings.out_dir, model, optimizer, dataclasses.asdict(config), input_info, settings,
+                               FREE_SETTINGS, process)
+        first, best = state['step'], state['best']
     network = runtime.distribute(model, process)
     if settings.compile and runtime.can_compile(process):
         network.compile()
@@ -237,7 +241,7 @@ def train(settings, process):
     stop, clock = runtime.Stop(process), runtime.Clock(first, settings.max_steps)
     bad_steps, scores, done = 0, {}, first
 
-    def state():
+    def contents():
         return {'model': model.state_dict(), 'config': dataclasses.asdict(config), 'step': done,
                 'settings': vars(settings), 'metrics': scores, 'input': input_info, 'classes': classes,
                 'multi_label': multi_label, 'best': best}
@@ -277,11 +281,11 @@ def train(settings, process):
             if score >= best:                                               # of equals the later, which has seen more
                 best = score
                 if process.is_main:
-                    runtime.save_checkpoint(os.path.join(settings.out_dir, 'best.pt'), state(), keep=1)
+                    runtime.save_checkpoint(os.path.join(settings.out_dir, 'best.pt'), contents(), keep=1)
         stopping = stop.agreed()
         if process.is_main and (last or stopping or done % settings.save_interval == 0):
             runtime.save_checkpoint(os.path.join(settings.out_dir, 'ckpt.pt'),
-                                    {**state(), 'optimizer': optimizer.state_dict()}, settings.keep)
+                                    {**contents(), 'optimizer': optimizer.state_dict()}, settings.keep)
         if stopping and not last:
             process.print(f'stopped after step {done:,} and saved; to go on, run the same command with --resume')
             return None
@@ -294,25 +298,6 @@ def train(settings, process):
     for name, path in (('best', 'best.pt'), ('last', 'ckpt.pt')):
         process.print(f'test, {name} checkpoint ({settings.out_dir}/{path}): {describe(results[name])}')
     return results
-
-
-def resume_run(model, optimizer, settings, config, input_info, process):
-    """Load the newest checkpoint of out_dir -> the step to go on from, the best validation score so far."""
-    state = runtime.latest_checkpoint(settings.out_dir, process)
-    path = os.path.join(settings.out_dir, 'ckpt.pt')
-    if state['config'] != dataclasses.asdict(config):
-        raise runtime.CheckpointError(f'{path} is of another model: give the same settings, or another --out_dir')
-    if state['input']['fingerprint'] != input_info['fingerprint']:
-        raise runtime.CheckpointError(f'{path} was trained on other clips than these settings choose: '
-                                      'put the data back, or start a new run')
-    changed = runtime.changed_settings(state['settings'], vars(settings), FREE_SETTINGS)
-    if changed:
-        process.print('warning: changed since the checkpoint, so that this is no longer the same run: '
-                      f'{", ".join(changed)}')
-    runtime.load_weights(model, state['model'], path)
-    optimizer.load_state_dict(state['optimizer'])
-    process.print(f'going on after step {state["step"]:,}')
-    return state['step'], state['best']
 
 
 def train_folds(settings, process):
@@ -339,7 +324,7 @@ def train_folds(settings, process):
 
 def run(argv):
     settings = configurator.configure(__file__, argv, (os.path.join(runtime.MODULE_DIR, 'model.py'), 'ASDAConfig'))
-    process = runtime.start(settings.device, settings.threads)
+    process = runtime.start(settings.device, settings.threads, settings.deterministic)
     check(settings, process.world)
     if settings.fold == 'all':
         train_folds(settings, process)

@@ -48,6 +48,7 @@ grad_clip = 4.0                 # largest gradient norm; 0: no clipping
 ema_start = 0.9998              # decay of the teacher at the first update ...
 ema_end = 0.99999               # ... and after ema_steps, linear between
 ema_steps = 100000              # updates
+min_target_var = 0.0            # stop when the variance of the targets falls below this (collapse); 0: only warn
 max_bad_steps = 10              # updates in a row with a loss or gradient that is not finite, before the run stops
 eval_dataset = ''               # a prepared labelled set for the kNN accuracy; '': none
 eval_interval = 1000            # updates between two such evaluations; 0: at the end only
@@ -60,10 +61,16 @@ dtype = 'auto'                  # float32 or bfloat16 (autocast); auto: bfloat16
 compile = False                 # torch.compile
 workers = 2                     # processes that read clips ahead; 0: none
 threads = 0                     # CPU threads of one process; 0: PyTorch's choice
+deterministic = False           # the same bits in every run on a GPU too, at some cost (on a CPU they always are)
+other_data = False              # go on although the data are not those that the run began with
 
 # Settings that may differ when a run goes on, since they do not change its numbers.
-FREE_SETTINGS = ('out_dir', 'resume', 'overwrite', 'data_dir', 'eval_interval', 'eval_clips', 'log_interval',
-                 'save_interval', 'keep', 'device', 'workers', 'threads', 'accumulate', 'eval_dataset')
+FREE_SETTINGS = ('out_dir', 'resume', 'overwrite', 'other_data', 'min_target_var', 'max_bad_steps', 'data_dir',
+                 'eval_dataset', 'eval_interval', 'eval_clips', 'log_interval', 'save_interval', 'keep', 'device',
+                 'workers', 'threads', 'accumulate')
+
+
+COLLAPSED = 0.05                # a variance of the targets, 1 when all is well, that deserves a warning
 
 
 def model_config(settings):
@@ -171,7 +178,7 @@ def mask_noise(settings, config, step, places, device):
 
 def train(settings):
     """Run pre-training as the settings say, to the end or to a signal. -> the process, to which all is known"""
-    process = runtime.start(settings.device, settings.threads)
+    process = runtime.start(settings.device, settings.threads, settings.deterministic)
     check(settings, process.world)
     config = model_config(settings)
     resuming = runtime.check_out_dir(settings.out_dir, settings.resume, settings.overwrite)
@@ -195,7 +202,8 @@ def train(settings):
     optimizer = make_optimizer(model, settings, process)
     first = 0
     if resuming:
-        first = resume_run(model, optimizer, settings, config, input_info, process)
+        first = runtime.resume(settings.out_dir, model, optimizer, dataclasses.asdict(config), input_info, settings,
+                               FREE_SETTINGS, process)['step']
     network = runtime.distribute(model, process)
     if settings.compile and runtime.can_compile(process):
         network.compile()
@@ -238,6 +246,7 @@ def train(settings):
         done = step + 1
         if not finite:
             process.print(f'warning: step {done} has a gradient that is not finite; skipped ({bad_steps} in a row)')
+            log.write(step=done, skipped_in_a_row=bad_steps)
             if bad_steps >= settings.max_bad_steps:
                 shown = [batches.order.at(step * settings.batch_size + place) for place in list(places)[:8]]
                 raise runtime.RunError(f'{bad_steps} steps in a row were not finite; '
@@ -263,12 +272,25 @@ def train(settings):
     process.print(f'done: {settings.out_dir}/ckpt.pt\n{settings_next(settings)}')
 
 
+def check_targets(target_std, settings, process):
+    """Warn of a collapse, a teacher that gives every place the same target; end the run if min_target_var says so."""
+    variance = target_std ** 2
+    if variance < settings.min_target_var:
+        raise runtime.RunError(f'the variance of the targets fell to {variance:.2g}, below min_target_var = '
+                               f'{settings.min_target_var:g}: the teacher has collapsed; lower lr or raise ema_start; '
+                               f'{settings.out_dir} holds the last checkpoint')
+    if variance < COLLAPSED:
+        process.print(f'warning: the variance of the targets is {variance:.2g}, the teacher is collapsing: lower lr or '
+                      'raise ema_start')
+
+
 def report(done, measures, step, settings, process, log, clock):
     """One line to the terminal and to log.jsonl, of the means over processes."""
     values = process.mean(torch.stack([torch.as_tensor(value, dtype=torch.float32)
                                        for value in measures.values()])).tolist()
     values = dict(zip(measures, values))
     values.update(step=done, lr=lr_at(step, settings), ema=ema_decay_at(step, settings))
+    check_targets(values['target_std'], settings, process)
     speed = clock.per_second(done, settings.batch_size)
     process.print(f'step {done:,}/{settings.max_steps:,}  loss {values["loss"]:.3f} = frame {values["frame"]:.3f} + '
                   f'utterance {values["utterance"]:.3f}  explained {values["explained"]:.1%}  '
@@ -276,29 +298,6 @@ def report(done, measures, step, settings, process, log, clock):
                   f'ema {values["ema"]:.5f}  gradient {values["grad_norm"]:.2f}  {speed:.0f} clips/s  '
                   f'{clock.left(done)} left')
     log.write(**values, clips_per_second=speed, time=time.time())
-
-
-def resume_run(model, optimizer, settings, config, input_info, process):
-    """Load the newest checkpoint of out_dir into model and optimizer -> the step to go on from.
-    Refuses another model or other data."""
-    state = runtime.latest_checkpoint(settings.out_dir, process)
-    path = os.path.join(settings.out_dir, 'ckpt.pt')
-    other = [f'{name} {state["config"].get(name)!r} -> {value!r}'
-             for name, value in dataclasses.asdict(config).items() if state['config'].get(name) != value]
-    if other:
-        raise runtime.CheckpointError(f'{path} is of another model ({", ".join(other)}): give the same settings, '
-                                      'or another --out_dir')
-    if state['input']['fingerprint'] != input_info['fingerprint']:
-        raise runtime.CheckpointError(f'{path} was trained on other clips than {settings.dataset} holds now: '
-                                      'put the data back, or start a new run')
-    changed = runtime.changed_settings(state['settings'], vars(settings), FREE_SETTINGS)
-    if changed:
-        process.print('warning: changed since the checkpoint, so that this is no longer the same run: '
-                      f'{", ".join(changed)}')
-    runtime.load_weights(model, state['model'], path)
-    optimizer.load_state_dict(state['optimizer'])
-    process.print(f'going on after step {state["step"]:,}')
-    return state['step']
 
 
 def monitor(model, settings, config, process, autocast):

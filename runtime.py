@@ -43,6 +43,12 @@ def main(run):
         if os.environ.get('RANK', '0') == '0':
             print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
         sys.exit(1 if isinstance(error, RunError) else 2)
+    except RuntimeError as error:
+        if not lost_contact(error):
+            raise
+        print(f'error: process {dist.get_rank()} lost contact with another one ({str(error).splitlines()[0][:150]}); '
+              'nothing was saved since the last checkpoint: run again with --resume', file=sys.stderr, flush=True)
+        os._exit(1)                                                         # tidying up could wait for the dead process
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
         sys.exit(130)
@@ -52,6 +58,12 @@ def main(run):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def lost_contact(error):
+    """Whether an error is that of a collective whose other side has died."""
+    return dist.is_initialized() and (isinstance(error, dist.DistError)
+                                      or re.search('gloo|NCCL|[Cc]onnection (closed|reset|refused)', str(error)))
 
 
 # ------------------------------------------------------------------------------------------------ processes and devices
@@ -86,8 +98,14 @@ class Process:
         return things
 
 
-def start(device='auto', threads=0):
-    """Join the other processes (torchrun sets RANK, WORLD_SIZE, LOCAL_RANK) and choose the device: cuda, mps or cpu."""
+def start(device='auto', threads=0, deterministic=False):
+    """Join the other processes (torchrun sets RANK, WORLD_SIZE, LOCAL_RANK) and choose the device: cuda, mps or cpu.
+
+    deterministic: the same bits in every run on a GPU too (on a CPU they always are), an error where there is no way.
+    """
+    if deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+        torch.use_deterministic_algorithms(True)
     if threads:
         torch.set_num_threads(threads)
     rank, world, local = (int(os.environ.get(name, default))
@@ -288,6 +306,33 @@ def latest_checkpoint(out_dir, process):
     raise CheckpointError(f'no checkpoint to resume in {out_dir}: {problems[0]}')
 
 
+def resume(out_dir, model, optimizer, config, input_info, settings, free, process):
+    """Load the newest checkpoint of a run into model and optimizer, if it is of the same model and data -> its state.
+
+    config, input_info: dictionaries that must equal the stored ones (other_data in the settings allows other clips);
+    free: names of settings that may differ without changing the numbers; any other difference is printed.
+    """
+    state = latest_checkpoint(out_dir, process)
+    path = os.path.join(out_dir, 'ckpt.pt')
+    other = [f'{name} {state["config"].get(name)!r} -> {value!r}' for name, value in config.items()
+             if state['config'].get(name) != value]
+    if other:
+        raise CheckpointError(f'{path} is of another model ({", ".join(other)}): give the same settings, or another '
+                              '--out_dir')
+    if state['input']['fingerprint'] != input_info['fingerprint'] and not settings.other_data:
+        raise CheckpointError(f'{path} was trained on other clips than there are now: put the data back, start a new '
+                              'run, or go on all the same with --other_data')
+    changed = [f'{name} {state["settings"].get(name)!r} -> {value!r}' for name, value in vars(settings).items()
+               if name not in free and name in state['settings'] and state['settings'][name] != value]
+    if changed:
+        process.print('warning: changed since the checkpoint, so that this is no longer the same run: '
+                      f'{", ".join(changed)}')
+    load_weights(model, state['model'], path)
+    optimizer.load_state_dict(state['optimizer'])
+    process.print(f'going on after step {state["step"]:,}')
+    return state
+
+
 def load_weights(module, state, path):
     """Copy a state dict into a module; names, shapes and types must all agree. Raises CheckpointError."""
     own = module.state_dict()
@@ -303,12 +348,6 @@ def load_weights(module, state, path):
         raise CheckpointError(f'{path}: unexpected weight {extra[0]}'
                               + (f' and {len(extra) - 1} more' if len(extra) > 1 else ''))
     module.load_state_dict(state)
-
-
-def changed_settings(old, new, ignored):
-    """'name old -> new' for every setting of a run that differs now, but for those that do not change its numbers."""
-    return [f'{name} {old.get(name)!r} -> {value!r}' for name, value in new.items()
-            if name not in ignored and name in old and old[name] != value]
 
 
 # ------------------------------------------------------------------------------------------------------------------ log

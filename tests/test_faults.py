@@ -1,0 +1,433 @@
+"""What happens when something goes wrong: each fault is really made.   python -m pytest tests/test_faults.py [-m slow]
+
+The same tests run a few times by default and many times when slow ones are asked for.
+"""
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import eval as evaluation
+import pretrain
+import runtime
+
+from .conftest import ROOT, call, is_one_line_error, script
+from .test_finetune import RUN as FINETUNE
+from .test_finetune import pretrained  # noqa: F401  (a fixture)
+from .test_prepare import audio_file, contents, noises, write_tree
+from .test_pretrain import RUN, log_of, same_state, weights_of
+
+LONG = [*RUN, '--max_steps=40', '--save_interval=1']  # half of its time goes into writing checkpoints
+
+
+def start(*argv):
+    return subprocess.Popen(
+        [sys.executable, *map(str, argv)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+    )
+
+
+def torchrun(*argv):
+    return ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', *argv)
+
+
+def equal_runs(a, b):
+    assert log_of(a) == log_of(b)
+    assert same_state(weights_of(a)['model'], weights_of(b)['model'])
+    assert same_state(weights_of(a)['optimizer'], weights_of(b)['optimizer'])
+
+
+# -------------------------------------------------------------------------------------------------- exact resuming
+
+
+def resumed_in_the_middle(run, straight, out):
+    """Copy a finished run of 6 steps back to what it was after step 3, and go on."""
+    shutil.copytree(straight, out)
+    os.replace(os.path.join(out, 'ckpt.1.pt'), os.path.join(out, 'ckpt.pt'))
+    assert weights_of(out)['step'] == 3
+    run(out, '--resume')
+    equal_runs(out, straight)
+
+
+@pytest.mark.parametrize('stage', ['pretrain', 'finetune'])
+@pytest.mark.parametrize('how', ['accumulated', 'two processes'])
+def test_exact_resume(stage, how, pretrained, data_dir, tmp_path):  # noqa: F811
+    base = [
+        f'{stage}.py',
+        *(RUN if stage == 'pretrain' else [*FINETUNE, f'--ckpt={pretrained}']),
+        f'--data_dir={data_dir}',
+    ]
+
+    def run(out, *more):
+        command = [*base, f'--out_dir={out}', *more, *(['--accumulate=2'] if how == 'accumulated' else [])]
+        result = script(*(torchrun(*command) if how == 'two processes' else command))
+        assert result.returncode == 0, result.stderr
+
+    run(tmp_path / 'straight')
+    resumed_in_the_middle(run, str(tmp_path / 'straight'), str(tmp_path / 'resumed'))
+
+
+def test_resuming_with_another_number_of_processes(data_dir, tmp_path):
+    base = [*RUN, f'--data_dir={data_dir}']
+    assert call(pretrain.run, *base, f'--out_dir={tmp_path}/one').code == 0
+    shutil.copytree(tmp_path / 'one', tmp_path / 'two')
+    os.replace(tmp_path / 'two' / 'ckpt.1.pt', tmp_path / 'two' / 'ckpt.pt')
+    result = script(*torchrun('pretrain.py', *base, f'--out_dir={tmp_path}/two', '--resume'))
+    assert result.returncode == 0 and 'warning: changed' not in result.stdout, result.stderr
+    for ours, theirs in zip(log_of(tmp_path / 'two'), log_of(tmp_path / 'one'), strict=True):
+        assert ours['loss'] == pytest.approx(theirs['loss'], rel=1e-5)
+    odd = script(*torchrun('pretrain.py', *base, f'--out_dir={tmp_path}/two', '--resume', '--batch_size=7'))
+    assert odd.returncode != 0 and 'batch_size = 7 is not divisible by 2 processes' in odd.stderr
+
+
+# ------------------------------------------------------------------------------------------------ killed and stopped
+
+
+@pytest.fixture(scope='module')
+def long_run(data_dir, tmp_path_factory):
+    out = str(tmp_path_factory.mktemp('long'))
+    assert call(pretrain.run, *LONG, f'--data_dir={data_dir}', f'--out_dir={out}').code == 0
+    return out
+
+
+def kill_at_random(long_run, data_dir, out, times, seed):  # noqa: F811
+    """SIGKILL at random moments, in the middle of steps and of checkpoint writes, until it has happened so often; then finish."""
+    rng = np.random.default_rng(seed)
+    killed = torn = 0
+    while killed < times:
+        resume = ['--resume'] if os.path.exists(os.path.join(out, 'ckpt.pt')) else ['--overwrite']
+        running = start('pretrain.py', *LONG, f'--data_dir={data_dir}', f'--out_dir={out}', *resume)
+        for line in running.stdout:
+            if line.startswith('step '):
+                break
+        time.sleep(rng.uniform(0, 0.3))
+        running.kill()
+        running.communicate()
+        if running.returncode != -signal.SIGKILL:  # it was at its end already: once more from the start
+            shutil.rmtree(out)
+        killed += 1
+        torn += os.path.exists(os.path.join(out, 'ckpt.pt.tmp'))
+    resume = ['--resume'] if os.path.exists(os.path.join(out, 'log.jsonl')) else []
+    result = call(pretrain.run, *LONG, f'--data_dir={data_dir}', f'--out_dir={out}', *resume)
+    assert result.code == 0, result.err
+    equal_runs(out, long_run)
+    return torn
+
+
+def test_sigkill_at_random_moments(long_run, data_dir, tmp_path):
+    kill_at_random(long_run, data_dir, str(tmp_path / 'killed'), 5, seed=0)
+
+
+@pytest.mark.slow
+def test_sigkill_at_random_moments_many_times(long_run, data_dir, tmp_path):
+    assert kill_at_random(long_run, data_dir, str(tmp_path / 'killed'), 50, seed=1) > 0  # some in mid-write
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('stage', ['pretrain', 'finetune'])
+def test_signals_finish_the_step_save_and_say_how_to_go_on(stage, number, pretrained, data_dir, tmp_path):  # noqa: F811
+    base = RUN if stage == 'pretrain' else [*FINETUNE, f'--ckpt={pretrained}']
+    base = [
+        f'{stage}.py',
+        *base,
+        f'--data_dir={data_dir}',
+        f'--out_dir={tmp_path}/out',
+        '--save_interval=100000',
+        '--eval_interval=100000',
+        '--max_steps=100000',
+        '--workers=1',
+    ]
+    running = start(*base)
+    for line in running.stdout:
+        if line.startswith('step 3/'):
+            break
+    running.send_signal(number)
+    rest, errors = running.communicate(timeout=60)
+    assert running.returncode == 0 and 'saved; to go on, run the same command with --resume' in rest, errors
+    assert 'Traceback' not in errors
+    assert weights_of(tmp_path / 'out')['step'] == log_of(tmp_path / 'out')[-1]['step'] >= 3
+
+
+def test_one_process_dying_stops_the_others_without_a_save(data_dir, tmp_path):
+    running = start(
+        *torchrun(
+            'pretrain.py',
+            *RUN,
+            f'--data_dir={data_dir}',
+            f'--out_dir={tmp_path}/out',
+            '--max_steps=100000',
+            '--save_interval=100000',
+        )
+    )
+    for line in running.stdout:
+        if line.startswith('step 3/'):
+            break
+    children = subprocess.run(['pgrep', '-P', str(running.pid)], capture_output=True, text=True).stdout.split()
+    ranks = {}
+    for pid in children:
+        with open(f'/proc/{pid}/environ') as f:
+            ranks[re.search('\0RANK=(\\d)', f.read())[1]] = int(pid)
+    began = time.time()
+    os.kill(ranks['1'], signal.SIGKILL)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode != 0 and time.time() - began < 60
+    assert 'process 0 lost contact with another one' in errors, errors
+    assert not os.path.exists(tmp_path / 'out' / 'ckpt.pt')
+
+
+# ------------------------------------------------------------------------------------------- disk, numbers, data
+
+
+def test_a_full_disk_ends_the_run_with_a_line_and_the_checkpoint_before(data_dir, tmp_path):
+    """A limit on the size of files (RLIMIT_FSIZE) makes real writes fail in the middle."""
+    out = str(tmp_path / 'out')
+    base = [*RUN, f'--data_dir={data_dir}', f'--out_dir={out}']
+    assert call(pretrain.run, *base, '--max_steps=3').code == 0
+    before = weights_of(out)
+    code = (
+        'import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); '
+        'resource.setrlimit(resource.RLIMIT_FSIZE, (200000, 200000)); import runtime, pretrain; runtime.main(pretrain.run)'
+    )
+    result = script('-c', code, *base, '--resume')
+    assert result.returncode == 1 and 'could not write the checkpoint' in result.stderr and 'intact' in result.stderr
+    assert 'Traceback' not in result.stderr and same_state(weights_of(out), before)
+    assert not any(file.endswith('.tmp') for file in os.listdir(out))
+
+
+def test_one_bad_step_is_skipped_and_counted(data_dir, tmp_path, monkeypatch):
+    original, calls = pretrain.forward_backward, []
+
+    def sometimes_nan(network, spec, *rest):
+        calls.append(1)
+        return original(network, spec * float('nan') if len(calls) == 3 else spec, *rest)
+
+    monkeypatch.setattr(pretrain, 'forward_backward', sometimes_nan)
+    result = call(pretrain.run, *RUN, f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out')
+    assert result.code == 0 and 'step 3 has a gradient that is not finite; skipped (1 in a row)' in result.out
+    assert [line['step'] for line in log_of(tmp_path / 'out') if 'skipped_in_a_row' in line] == [3]
+    assert all(torch.isfinite(tensor).all() for tensor in weights_of(tmp_path / 'out')['model'].values())
+
+
+def test_collapse_is_warned_of_and_stops_the_run_if_asked(data_dir, tmp_path, monkeypatch):
+    original = pretrain.forward_backward
+
+    def collapsed(*arguments):
+        return {**original(*arguments), 'target_std': torch.tensor(0.1)}
+
+    monkeypatch.setattr(pretrain, 'forward_backward', collapsed)
+    base = [*RUN, f'--data_dir={data_dir}']
+    warned = call(pretrain.run, *base, f'--out_dir={tmp_path}/a')
+    assert warned.code == 0 and 'the teacher is collapsing' in warned.out
+    stopped = call(pretrain.run, *base, f'--out_dir={tmp_path}/b', '--min_target_var=0.02')
+    assert stopped.code == 1 and 'below min_target_var = 0.02' in stopped.err
+
+
+def test_a_changed_data_set_is_refused_unless_told(data_dir, tmp_path):
+    shutil.copytree(os.path.join(data_dir, 'noises'), tmp_path / 'data' / 'noises')
+    base = [*RUN, f'--data_dir={tmp_path}/data', f'--out_dir={tmp_path}/out']
+    assert call(pretrain.run, *base, '--max_steps=3').code == 0
+    path = tmp_path / 'data' / 'noises' / 'train-00000.npz'
+    with np.load(path) as stored:
+        arrays = {**stored, 'stats': stored['stats'] + 1}  # the same names and lengths, other sound
+    np.savez(path, **arrays)
+    assert is_one_line_error(call(pretrain.run, *base, '--resume'), '--other_data')
+    assert call(pretrain.run, *base, '--resume', '--other_data').code == 0
+
+
+# --------------------------------------------------------------------------------------------------------- prepare
+
+
+def kill_prepare(tmp_path, times, seed):
+    source = write_tree(tmp_path / 'x', noises(60))
+    shards = 'import prepare, runtime; prepare.SHARD_CLIPS = 7; runtime.main(prepare.run)'
+    command = ['-c', shards, 'folder', f'--source={source}', '--workers=0']
+    assert script(*command, f'--out_dir={tmp_path}/one/set').returncode == 0
+    rng, out = np.random.default_rng(seed), tmp_path / 'two' / 'set'
+    began = time.time()
+    assert script(*command, f'--out_dir={tmp_path}/timing/set').returncode == 0
+    whole = time.time() - began
+    for _ in range(times):
+        running = start(*command, f'--out_dir={out}')
+        time.sleep(rng.uniform(0.75, 1.0) * whole)  # the first part is Python starting
+        running.kill()
+        running.communicate()
+        if os.path.exists(out / 'meta.json'):
+            shutil.rmtree(out)
+    finished = (
+        script('-c', shards, 'folder', f'--source={source}', '--workers=2', f'--out_dir={out}')
+        if times < 5
+        else script(*command, f'--out_dir={out}')
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert contents(out) == contents(tmp_path / 'one' / 'set')
+
+
+def test_prepare_killed_at_random_then_finished_is_byte_identical(tmp_path):
+    kill_prepare(tmp_path, 3, seed=0)
+
+
+@pytest.mark.slow
+def test_prepare_killed_many_times(tmp_path):
+    kill_prepare(tmp_path, 20, seed=1)
+
+
+# ------------------------------------------------------------------------------------------------------ odd files
+
+
+def mutations(content, count, seed):
+    """Copies with random bytes, mostly in the header, changed, removed or doubled."""
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        changed = bytearray(content)
+        for _ in range(rng.integers(1, 6)):
+            place = int(rng.integers(min(len(changed), 200 if rng.random() < 0.8 else len(changed))))
+            kind = rng.integers(4)
+            if kind < 2:
+                changed[place] = rng.integers(256)
+            elif kind == 2:
+                del changed[place : place + int(rng.integers(1, 20))]
+            else:
+                changed[place:place] = bytes(rng.integers(256, size=rng.integers(1, 20), dtype=np.uint8))
+        yield bytes(changed)
+
+
+FUZZ = '''
+import resource, sys, torch
+resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+torch.set_num_threads(1)
+sys.path.insert(0, {root!r})
+import prepare
+from tests.test_faults import audio_file, mutations
+good = bad = 0
+for suffix in ('.wav', '.flac', '.ogg', '.mp3'):
+    for content in mutations(audio_file(suffix, 0.3), {count}, seed=1):
+        prepare.read_bytes = lambda place: place[1]
+        result = prepare.pack_clip(('bytes', content), 60)
+        good, bad = good + (not isinstance(result, str)), bad + isinstance(result, str)
+print('good', good, 'bad', bad, 'peak MiB', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+'''
+
+
+def test_mutated_audio_headers_give_a_clip_or_a_reason():
+    """In one process, with a limit on its memory: no exception, no crash."""
+    result = script('-c', FUZZ.format(root=ROOT, count=700), timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    words = result.stdout.split()
+    assert int(words[1]) + int(words[3]) == 2800 and int(words[3]) > 300 and int(words[-1]) < 4000, result.stdout
+
+
+def test_mutated_checkpoints_are_refused_or_read(data_dir, pretrained, tmp_path):  # noqa: F811
+    with zipfile.ZipFile(pretrained) as archive:
+        members = {info.filename: archive.read(info) for info in archive.infolist()}
+    pickled = next(name for name in members if name.endswith('data.pkl'))
+    refused = 0
+    for content in mutations(members[pickled], 300, seed=2):
+        with zipfile.ZipFile(tmp_path / 'x.pt', 'w') as archive:
+            for name, member in {**members, pickled: content}.items():
+                archive.writestr(name, member)
+        try:
+            evaluation.open_checkpoint(str(tmp_path / 'x.pt'))
+        except runtime.CheckpointError:
+            refused += 1
+    assert refused > 100
+    with open(pretrained, 'rb') as f:
+        whole = f.read()
+    for size in (0, 10, 1000, len(whole) // 2, len(whole) - 10):
+        (tmp_path / 'torn.pt').write_bytes(whole[:size])
+        with pytest.raises(runtime.CheckpointError, match='torn.pt'):
+            evaluation.open_checkpoint(str(tmp_path / 'torn.pt'))
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    os.makedirs(tmp_path / 'x')
+    with open(os.path.join(os.fsencode(tmp_path / 'x'), b'caf\xe9.wav'), 'wb') as f:
+        f.write(audio_file('.wav'))
+    with open(os.path.join(os.fsencode(tmp_path / 'x'), b'bad\xff\tname.wav'), 'wb') as f:
+        f.write(b'nothing')
+    result = script(
+        'prepare.py',
+        'folder',
+        f'--source={tmp_path}/x',
+        f'--out_dir={tmp_path}/set',
+        '--workers=0',
+        '--max_bad=0.5',
+        '--test_part=0',
+    )
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / 'set' / 'skipped.tsv').read_text() == 'bad\\udcff name.wav\tFormat not recognised.\n'
+    assert len(data.open_clips(['set'], str(tmp_path))) == 1
+
+
+def test_a_meta_json_cannot_name_files_elsewhere(data_dir, tmp_path):
+    shutil.copytree(os.path.join(data_dir, 'noises'), tmp_path / 'inner' / 'noises')
+    shutil.copytree(os.path.join(data_dir, 'demo'), tmp_path / 'demo')
+    path = tmp_path / 'inner' / 'noises' / 'meta.json'
+    meta = json.loads(path.read_text())
+    path.write_text(
+        json.dumps({**meta, 'name': '../../demo', 'splits': {'../../demo/train': {}, '../../demo/test': {}}})
+    )
+    with pytest.raises(data.DataError, match='noises'):
+        data.task_splits('noises', str(tmp_path / 'inner'))
+    with pytest.raises(data.DataError, match='no clips left'):
+        data.open_clips(['noises'], str(tmp_path / 'inner'), ['../../demo/train'])
+
+
+# ------------------------------------------------------------------------------------------------ long and precise
+
+
+def open_files(pid):
+    return len(os.listdir(f'/proc/{pid}/fd'))
+
+
+def resident(pid):
+    with open(f'/proc/{pid}/statm') as f:
+        return int(f.read().split()[1]) * resource.getpagesize() / 2**20
+
+
+@pytest.mark.slow
+def test_two_thousand_steps_keep_memory_and_files_flat(data_dir, tmp_path):
+    running = start(
+        'pretrain.py',
+        *RUN,
+        '--dataset=demo',
+        '--max_steps=2000',
+        '--workers=2',
+        '--save_interval=100',
+        f'--data_dir={data_dir}',
+        f'--out_dir={tmp_path}/out',
+    )
+    seen = {}
+    for line in running.stdout:
+        if match := re.match(r'step ([\d,]+)/', line):
+            step = int(match[1].replace(',', ''))
+            if step % 100 == 50:
+                seen[step] = resident(running.pid), open_files(running.pid)
+    assert running.wait() == 0
+    memory, files = zip(*[seen[step] for step in sorted(seen) if step >= 250])
+    assert max(memory) - memory[0] < 40, memory  # MiB; the allocator's own noise
+    assert max(files) <= files[0] + 2, files
+    assert [line['step'] for line in log_of(tmp_path / 'out')] == list(range(1, 2001))
+
+
+def test_deterministic_mode_gives_the_same_bits(data_dir, tmp_path):
+    base = [*RUN, f'--data_dir={data_dir}', '--deterministic']
+    for name in ('a', 'b'):
+        result = script('pretrain.py', *base, f'--out_dir={tmp_path}/{name}')
+        assert result.returncode == 0, result.stderr
+    equal_runs(tmp_path / 'a', tmp_path / 'b')
