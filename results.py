@@ -4,9 +4,9 @@ statistics.
     python results.py --ckpt=out/real/ckpt.pt                  # everything; finished runs are not run again
     python results.py --ckpt=out/real/ckpt.pt --arms=scratch   # only one of pretrained, scratch, probes
 
-Learning rate (and, from scratch, length) are chosen by the validation accuracy of the first seed; then each seed is
-run with the choice, and its best checkpoint (by validation) meets the test split once. Every run is a finetune.py
-command, written to its log.
+The learning rate and then, from scratch, the length are chosen by the validation accuracy of the first seed; each
+seed is run with the choice, and the table shows the test accuracy of its best checkpoint by validation. Every run is
+a finetune.py command, with a folder and log of its own.
 """
 
 import concurrent.futures
@@ -15,27 +15,25 @@ import os
 import subprocess
 import sys
 
-import numpy as np
-
 import configurator
 import eval as evaluation
 import runtime
 
-ckpt = 'out/real/ckpt.pt'  # the pre-trained checkpoint
-out_dir = 'out/results'  # one folder per run goes here
-data_dir = 'data'  # prepared demo, fsdd, wakewords and esc10
-arms = 'pretrained,scratch,probes'  # what to run
-seeds = 2  # seeds per task: other labels, other random numbers
-jobs = 2  # runs at a time, one CPU thread each
+ckpt = 'out/real/ckpt.pt'               # the pre-trained checkpoint
+out_dir = 'out/results'                 # one folder per run goes here
+data_dir = 'data'                       # prepared demo, fsdd, wakewords and esc10
+arms = 'pretrained,scratch,probes'      # what to run
+seeds = 2                               # seeds per task: other labels, other random numbers
+jobs = 2                                # runs at a time, one CPU thread each
 
-TASKS = {  # name: (finetune.py arguments, updates, frames)
+TASKS = {                               # name: (finetune.py arguments, updates)
     'FSDD, 10 labels per class': (['config/finetune_fsdd.py', '--labels_per_class=10'], 300),
     'FSDD, unheard speaker': (['config/finetune_fsdd.py', '--fold=theo'], 600),
-    'wakewords, 10 labels per class': (['config/finetune_wakewords.py'], 300),
-    'ESC-10, fold 5': (['config/finetune_esc10.py'], 300),
-    'demo, 10 labels per class': (['config/finetune_demo.py'], 300),
+    'wakewords, 10 labels per class': (['config/finetune_wakewords.py'], 200),
+    'ESC-10, fold 5': (['config/finetune_esc10.py'], 200),
+    'demo, 10 labels per class': (['config/finetune_demo.py'], 200),
 }
-ARMS = {  # arm: (further arguments, learning rates, multiples of the task's updates)
+ARMS = {                                # arm: (further arguments, learning rates, multiples of the task's updates)
     'pretrained': ([], (2e-4, 6e-4), (1,)),
     'scratch': (['--init=scratch', '--layer_decay=1'], (3e-4, 1e-3), (1, 3)),
 }
@@ -85,15 +83,15 @@ def finished(folder):
 
 
 def tuned(settings, task, arm, pool):
-    """[test scores of each seed] with the learning rate and length that the first seed's validation part prefers."""
+    """[test scores of each seed] with the learning rate, then the length, that validation prefers for the first."""
     _, rates, multiples = ARMS[arm]
-    grid = [(lr, multiple) for multiple in multiples for lr in rates]
-    first = list(pool.map(lambda choice: finetune(settings, task, arm, *choice, seed=1), grid))
-    lr, multiple = grid[int(np.argmax([valid for valid, _ in first]))]
-    others = list(
-        pool.map(lambda seed: finetune(settings, task, arm, lr, multiple, seed), range(2, settings.seeds + 1))
-    )
-    return [first[grid.index((lr, multiple))][1]] + [scores for _, scores in others]
+    first = dict(zip(rates, pool.map(lambda lr: finetune(settings, task, arm, lr, multiples[0], 1), rates)))
+    lr = max(rates, key=lambda lr: first[lr][0])
+    lengths = {multiple: first[lr] if multiple == multiples[0] else finetune(settings, task, arm, lr, multiple, 1)
+               for multiple in multiples}
+    multiple = max(multiples, key=lambda multiple: lengths[multiple][0])
+    others = pool.map(lambda seed: finetune(settings, task, arm, lr, multiple, seed), range(2, settings.seeds + 1))
+    return [lengths[multiple][1]] + [scores for _, scores in others]
 
 
 def probes(settings, task):

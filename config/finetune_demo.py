@@ -2,14 +2,14 @@
 
     python finetune.py config/finetune_demo.py --ckpt=out/demo/ckpt.pt
 
-What it costs: 300 updates of 32 clips. Time: about a minute on two CPU cores. What to expect: the README's results.
+What it costs: 200 updates of 32 clips. Time: about a minute on two CPU cores. What to expect: the README's results.
 """
 out_dir = 'out/finetune_demo'
 dataset = 'demo'
 labels_per_class = 10
-max_steps = 300
+max_steps = 200
 batch_size = 32
-warmup_steps = 30
+warmup_steps = 20
 lr = 6e-4
 layer_decay = 0.75
 roll = True

@@ -3,16 +3,16 @@
     python prepare.py esc50 --source=ESC-10.tar --out_dir=data/esc10
     python finetune.py config/finetune_esc10.py --ckpt=out/real/ckpt.pt
 
-What it costs: 300 updates of 16 clips. Time with the model of config/real.py: about four minutes on one CPU core.
+What it costs: 200 updates of 16 clips. Time with the model of config/real.py: about four minutes on one CPU core.
 What to expect: the table in the README's results.
 """
 out_dir = 'out/finetune_esc10'
 dataset = 'esc10'
 fold = '5'
 frames = 496                    # 5 s
-max_steps = 300
+max_steps = 200
 batch_size = 16
-warmup_steps = 30
+warmup_steps = 20
 lr = 6e-4
 layer_decay = 0.75
 roll = True

@@ -2,16 +2,16 @@
 
     python finetune.py config/finetune_wakewords.py --ckpt=out/real/ckpt.pt
 
-What it costs: 300 updates of 16 clips. Time with the model of config/real.py: about two minutes on one CPU core. What
+What it costs: 200 updates of 16 clips. Time with the model of config/real.py: about two minutes on one CPU core. What
 to expect: the table in the README's results.
 """
 out_dir = 'out/finetune_wakewords'
 dataset = 'wakewords'
 labels_per_class = 10
 frames = 304                    # 3 s
-max_steps = 300
+max_steps = 200
 batch_size = 16
-warmup_steps = 30
+warmup_steps = 20
 lr = 6e-4
 layer_decay = 0.75
 roll = False

@@ -107,7 +107,7 @@ def long_run(data_dir, tmp_path_factory):
 
 
 def kill_at_random(long_run, data_dir, out, times, seed):  # noqa: F811
-    """SIGKILL at random moments, in the middle of steps and of checkpoint writes, until it has happened so often; then finish."""
+    """SIGKILL at random moments, in the middle of steps and of checkpoint writes, so often; then finish."""
     rng = np.random.default_rng(seed)
     killed = torn = 0
     while killed < times:
@@ -202,7 +202,8 @@ def test_a_full_disk_ends_the_run_with_a_line_and_the_checkpoint_before(data_dir
     before = weights_of(out)
     code = (
         'import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); '
-        'resource.setrlimit(resource.RLIMIT_FSIZE, (200000, 200000)); import runtime, pretrain; runtime.main(pretrain.run)'
+        'resource.setrlimit(resource.RLIMIT_FSIZE, (200000, 200000)); '
+        'import runtime, pretrain; runtime.main(pretrain.run)'
     )
     result = script('-c', code, *base, '--resume')
     assert result.returncode == 1 and 'could not write the checkpoint' in result.stderr and 'intact' in result.stderr
