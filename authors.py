@@ -221,13 +221,11 @@ def is_classifier(path):
 
 
 def model_and_cfg(path):
-    """(weights by name, the cfg of the pre-trained architecture or None)"""
+    """(weights by name, the cfg, which in a fine-tuned file holds that of the pre-training)"""
     stored = read_fairseq(path)
     if not isinstance(stored, dict) or not isinstance(stored.get('model'), dict):
         raise CheckpointError(f'{path} is not a fairseq checkpoint: it has no model')
-    cfg = stored.get('cfg') or stored.get('args')
-    inner = dig(cfg, 'model', 'pretrained_model_args')
-    return dict(stored['model']), inner or cfg
+    return dict(stored['model']), stored.get('cfg') or stored.get('args')
 
 
 def config_from(weights, cfg, path, overrides):
@@ -245,8 +243,9 @@ def config_from(weights, cfg, path, overrides):
     except (KeyError, ValueError, AttributeError, IndexError, ZeroDivisionError):
         raise CheckpointError(f'{path} is not a checkpoint of ASDA, EAT or SSLAM: '
                               'their weights are not in it') from None
-    frames = dig(cfg, 'task', 'target_length') or dig(cfg, 'model', 'modalities', 'image', 'target_length')
-    heads = dig(cfg, 'model', 'num_heads')
+    frames = dig(cfg, 'task', 'target_length') or dig(cfg, 'model', 'target_length') or dig(
+        cfg, 'model', 'modalities', 'image', 'target_length')
+    heads = dig(cfg, 'model', 'num_heads') or dig(cfg, 'model', 'pretrained_model_args', 'model', 'num_heads')
     fields = dict(n_layer=blocks, n_embd=D, ffn_ratio=hidden / D, patch_size=patch, decoder_layers=len(convs),
                   decoder_groups=groups, n_head=heads if type(heads) is int and heads > 0 else 12,
                   frames=frames if type(frames) is int and frames > 0 else 1024, **(EAT if single else AUTHORS))

@@ -21,6 +21,17 @@ class ConfigError(Exception):
     """A user's mistake: the message is one line that names the key or file and says what to do."""
 
 
+class Settings(types.SimpleNamespace):
+    """One attribute per setting; `given`, outside vars(), names those that a file or the command line has set."""
+    __slots__ = ('given',)
+
+    def but(self, **changes):
+        """The same settings with some changed."""
+        settings = Settings(**{**vars(self), **changes})
+        settings.given = self.given
+        return settings
+
+
 def settings_of(path, class_name=None):
     """-> {name: (default, comment)} of a script's settings, or of a dataclass in it, in the order of the file."""
     with open(path, encoding='utf-8') as f:
@@ -57,7 +68,7 @@ def configure(script, argv, dataclass=None):
     """Resolve a script's settings: defaults, then override files, then --key=value.
 
     script: path of the script; argv: sys.argv[1:]; dataclass: (path, class name) whose fields are settings too.
-    -> types.SimpleNamespace with one attribute per setting. Prints the list and exits for --help. Raises ConfigError.
+    -> Settings with one attribute per setting. Prints the list and exits for --help. Raises ConfigError.
     """
     known = settings_of(script)
     if dataclass:
@@ -67,11 +78,26 @@ def configure(script, argv, dataclass=None):
         raise SystemExit(0)
     values = {name: default for name, (default, _) in known.items()}
     files, overrides = parse_arguments(argv, known)
+    given = set()
     for path in files:
-        values = run_config_file(path, values, known)
+        before, values = values, run_config_file(path, values, known)
+        given |= {name for name in values if values[name] != before[name]}
     for name, text in overrides:
+        given.add(name)
         values[name] = checked(name, from_text(name, text, known[name][0]), known[name][0], 'the command line')
-    return types.SimpleNamespace(**values)
+    settings = Settings(**values)
+    settings.given = given
+    return settings
+
+
+def check_ranges(settings, **ranges):
+    """Raise ConfigError if a setting is not a number in its (lowest, highest); None passes."""
+    for name, (low, high) in ranges.items():
+        value = getattr(settings, name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+            raise ConfigError(f'{name} = {value!r} must be a number from {low:g} to {high:g}')
 
 
 def parse_arguments(argv, known):
@@ -170,6 +196,6 @@ def print_help(script, known):
         print(f'  --{name}={default!r:<16} {comment}')
 
 
-def show(settings):
-    """The resolved settings, several to a line, for the start of a run."""
-    return '  '.join(f'{name}={value!r}' for name, value in vars(settings).items())
+def show(settings, leave_out=()):
+    """The resolved settings in one paragraph, for the start of a run."""
+    return '  '.join(f'{name}={value!r}' for name, value in vars(settings).items() if name not in leave_out)

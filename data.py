@@ -26,6 +26,7 @@ HOP_SAMPLES = 160           # 10 ms
 N_MELS = 128
 WINDOWS = ('hamming', 'hanning')
 FORMAT_VERSION = 1
+MAX_OPEN_SHARDS = 128       # memory maps that a process keeps, each a file descriptor; AudioSet has some 930 shards
 
 
 class DataError(Exception):
@@ -181,6 +182,8 @@ class Clips:
         """int16 samples of clip i, at most count of them from start."""
         shard, offset, length = int(self.shard[i]), int(self.offset[i]), int(self.length[i])
         if shard not in self.opened:
+            if len(self.opened) == MAX_OPEN_SHARDS:
+                del self.opened[next(iter(self.opened))]
             self.opened[shard] = np.memmap(self.shards[shard] + '.pcm', dtype=np.int16, mode='r')
         stop = length if count is None else min(length, start + count)
         return np.asarray(self.opened[shard][offset + start:offset + stop])
@@ -201,7 +204,11 @@ class Clips:
         total, squares = self.stats[:, WINDOWS.index(window)].sum(axis=0)
         count = float(frames_in(self.length).sum() * N_MELS)
         mean = total / count
-        return float(mean), float(np.sqrt(squares / count - mean ** 2))
+        variance = squares / count - mean ** 2
+        if not variance > 1e-6:
+            names = ', '.join(meta['name'] for meta in self.metas)
+            raise DataError(f'the log-mel values of {names} do not vary: silence, or a damaged set')
+        return float(mean), float(np.sqrt(variance))
 
     def fingerprint(self):
         """A short text that changes when the chosen clips or their order change."""
@@ -222,8 +229,8 @@ def open_clips(names, data_dir='data', splits=('train',), leave_out=(), only_fol
     names: prepared sets, folders in data_dir. splits: those to take. leave_out: 'set/fold' parts to leave out, where
     a fold is one of the set's folds (a speaker, 1 to 5, ...). only_fold: keep nothing but this fold. Raises DataError.
     """
-    if not names:
-        raise DataError('dataset names no prepared set: write --dataset=NAME')
+    if not names or len(set(names)) < len(names):
+        raise DataError(f'dataset = {",".join(names)!r} must name prepared sets, each once: write --dataset=NAME')
     metas, shards, parts = [], [], []
     for name in names:
         folder = os.path.join(data_dir, name)
@@ -233,14 +240,20 @@ def open_clips(names, data_dir='data', splits=('train',), leave_out=(), only_fol
             raise DataError(f'fold {only_fold!r} is not in {folder}: its folds are '
                             f'{", ".join(meta["folds"]) or "none"}')
         for split in splits:
+            found = 0
             for row_count, base, index in read_shards(folder, split, meta):
                 folds = np.array(meta['folds'] + [''])[index['fold']] if row_count else np.array([], dtype=str)
                 chosen = ~np.isin(folds, out_folds)
                 if only_fold is not None:
                     chosen &= folds == only_fold
+                found += row_count
                 index.update(shard=np.full(row_count, len(shards), np.int32), row=np.arange(row_count, dtype=np.int32))
                 parts.append({key: array[chosen] for key, array in index.items()})
                 shards.append(base)
+            counted = meta.get('splits', {}).get(split, {}).get('clips', found)
+            if found != counted:
+                raise DataError(f'{folder} holds {found} clips of the split {split}, its meta.json counts {counted}: '
+                                'a shard is missing; prepare the set again')
         metas.append(meta)
     if len(metas) > 1:                                                  # classes of different sets have no common order
         parts = [{**part, 'label': np.full(len(part['offset']), -1, np.int32)} for part in parts]
@@ -298,16 +311,28 @@ def read_shards(folder, split, meta):
             size = os.path.getsize(base + '.pcm') // 2
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise DataError(f'the shard {base} cannot be read ({error}): delete it and prepare the set again') from None
-        clips = len(index['offset'])
-        if any(len(array) != clips for array in index.values()) or clips and (
-                (index['offset'] < 0).any() or (index['length'] < WINDOW_SAMPLES).any()
-                or (index['offset'] + index['length'] > size).any()
-                or (index['fold'] < -1).any() or (index['fold'] >= len(meta['folds'])).any()
-                or not meta['multi_label']
-                and ((index['label'] < -1) | (index['label'] >= len(meta['classes']))).any()):
-            raise DataError(f'the shard {base} does not fit its .pcm file or meta.json: '
-                            'delete it and prepare the set again')
-        yield clips, base, index
+        if not shard_is_sound(index, size, meta):
+            raise DataError(f'the shard {base} does not fit its .pcm file or meta.json: delete it and prepare the set '
+                            'again')
+        yield len(index['offset']), base, index
+
+
+def shard_is_sound(index, size, meta):
+    """Whether the arrays of a shard have the right types and shapes and stay within the PCM file and the classes."""
+    clips, label_dims = index['offset'].shape[:1], 2 if meta['multi_label'] else 1
+    kinds = {'offset': ('i', 1), 'length': ('i', 1), 'label': ('iu', label_dims), 'fold': ('i', 1), 'hash': ('u', 1),
+             'stats': ('f', 3)}
+    if any(array.dtype.kind not in kinds[name][0] or array.ndim != kinds[name][1] or array.shape[:1] != clips
+           for name, array in index.items()) or index['stats'].shape[1:] != (len(WINDOWS), 2):
+        return False
+    offset, length, fold, label = (index[name] for name in ('offset', 'length', 'fold', 'label'))
+    if meta['multi_label']:
+        labels_fit = label.shape[1] == -(-len(meta['classes']) // 8)
+    else:
+        labels_fit = ((label >= -1) & (label < len(meta['classes']))).all()
+    return bool(labels_fit and (offset >= 0).all() and (length >= WINDOW_SAMPLES).all()
+                and (offset <= size - length).all() and (fold >= -1).all() and (fold < len(meta['folds'])).all()
+                and np.isfinite(index['stats']).all())
 
 
 def key_hash(key):
@@ -322,7 +347,9 @@ def carve_validation(clips, part):
 
 
 def few_labels(clips, per_class, seed):
-    """per_class clips of every class, drawn by the seed."""
+    """per_class clips of every class, drawn by the seed; not for sets with several labels per clip."""
+    if clips.multi_label or per_class < 0:
+        raise DataError(f'labels_per_class = {per_class} needs a set with one label per clip, and at least 1 (0: all)')
     draws = random(seed, 'few_labels').random(len(clips))
     chosen = []
     for label in range(len(clips.classes)):
@@ -334,28 +361,31 @@ def few_labels(clips, per_class, seed):
     return clips.select(np.sort(np.concatenate(chosen)))
 
 
-def task_splits(name, data_dir='data', fold='', labels_per_class=0, seed=1, validation_part=0.1):
-    """(train, valid, test) clips of a labelled set. Raises DataError.
-
-    fold: test on all clips of that fold and train without it; '': test on the set's test (or eval) split. The
-    validation part is the set's own, or carved from the training split by a stable hash. labels_per_class: so many
-    training clips of each class.
-    """
+def open_test(name, data_dir='data', fold=''):
+    """The clips that a labelled set is tested on: all of a fold, or the test (or eval) split. Raises DataError."""
     meta = read_meta(os.path.join(data_dir, name))
     if not meta['classes']:
         raise DataError(f'{name} has no labels: prepare it from folders named after their classes')
     splits = list(meta.get('splits', {}))
     if fold:
-        test = open_clips([name], data_dir, splits, only_fold=fold)
-        leave_out = [f'{name}/{fold}']
-    else:
-        test_splits = [split for split in splits if split in ('test', 'eval')]
-        if not test_splits:
-            raise DataError(f'{name} has no test split: name a fold to test on, '
-                            f'--fold={meta["folds"][0] if meta["folds"] else "?"}')
-        test, leave_out = open_clips([name], data_dir, test_splits), []
-    train = open_clips([name], data_dir, ['train'], leave_out)
-    if 'valid' in splits:
+        return open_clips([name], data_dir, splits, only_fold=fold)
+    if not {'test', 'eval'} & set(splits):
+        some_fold = meta['folds'][0] if meta['folds'] else '?'
+        raise DataError(f'{name} has no test split: name a fold to test on, --fold={some_fold}')
+    return open_clips([name], data_dir, [split for split in splits if split in ('test', 'eval')])
+
+
+def task_splits(name, data_dir='data', fold='', labels_per_class=0, seed=1, validation_part=0.1):
+    """(train, valid, test) clips of a labelled set, and the whole training split, for its statistics. Raises DataError.
+
+    fold: test on all clips of that fold and train without it; '': test on the set's test (or eval) split. The
+    validation part is the set's own, or carved from the training split by a stable hash. labels_per_class: so many
+    training clips of each class.
+    """
+    test = open_test(name, data_dir, fold)
+    leave_out = [f'{name}/{fold}'] if fold else []
+    whole = train = open_clips([name], data_dir, ['train'], leave_out)
+    if 'valid' in test.metas[0].get('splits', {}):
         valid = open_clips([name], data_dir, ['valid'], leave_out)
     else:
         train, valid = carve_validation(train, validation_part)
@@ -363,7 +393,7 @@ def task_splits(name, data_dir='data', fold='', labels_per_class=0, seed=1, vali
         train = few_labels(train, labels_per_class, seed)
     if not len(train) or not len(valid):
         raise DataError(f'{name}: {len(train)} training and {len(valid)} validation clips; change validation_part')
-    return train, valid, test
+    return train, valid, test, whole
 
 
 # -------------------------------------------------------------------------------------------------------------- batches
@@ -463,11 +493,14 @@ class FinetuneBatches(torch.utils.data.Dataset):
             width = generator.random() * self.mask_ratio * size
             start = int(generator.random() * (size - width))
             return start, start + int(width)
-        return {'gain': np.float32(generator.beta(10, 10) + 0.5 if self.roll else 1.0),
+        draws = {'gain': np.float32(generator.beta(10, 10) + 0.5 if self.roll else 1.0),
                 'bands': span(N_MELS), 'times': span(self.frames),
                 'noise': np.float32(generator.random() * 0.1 if self.noise else 0.0),
-                'noise_seed': generator.integers(2 ** 62), 'shift': generator.integers(-10, 10) if self.noise else 0,
+                'shift': generator.integers(-10, 10) if self.noise else 0,
                 'draws': generator.random((self.n_layer, 2), dtype=np.float32)}
+        if self.noise:
+            draws['noise_seed'] = generator.integers(2 ** 62)
+        return draws
 
 
 def augment(x, batch):
@@ -477,7 +510,7 @@ def augment(x, batch):
     -> x alike, labels (B, classes) mixed alike.
     """
     B, frames, bands = x.shape
-    if (batch['noise'] > 0).any():
+    if 'noise_seed' in batch:
         noise = [torch.rand(frames, bands, generator=torch.Generator(x.device).manual_seed(int(s)), device=x.device)
                  for s in batch['noise_seed']]
         x = x + torch.stack(noise) * batch['noise'][:, None, None]
@@ -514,6 +547,8 @@ def loader(batches, items, workers=0, pin=False):
 
 
 def quiet_worker(worker):
-    """Ctrl-C is the main process's to handle; a worker must neither die of it nor use its siblings' cores."""
+    """Ctrl-C and SIGTERM, which reach a whole group, are the main process's to handle; a worker goes on until that ends
+    it. Nor may it use its siblings' cores."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)

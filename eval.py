@@ -5,8 +5,8 @@
     python eval.py --ckpt=out/ft/best.pt --wav=a.wav,b.flac     # fine-tuned: the top classes of files
     python eval.py --ckpt=out/demo/ckpt.pt --dataset=demo --embed=out.npz      # embeddings of a set, or of --wav files
 
-Settings are the names below. Statistics of the log-mel values are those of the training part of the set at hand; for
-single files, the checkpoint's.
+Settings are the names below. Probes use the log-mel statistics of the training split of the set at hand; a fine-tuned
+checkpoint, and embeddings, those that the checkpoint holds.
 """
 import csv
 import dataclasses
@@ -37,8 +37,8 @@ top_k = 5                   # classes to print for each file
 embed = ''                  # write embeddings to this .npz file
 csv_file = ''               # per-class table of a fine-tuned checkpoint; default: classes.csv beside it
 frames = 0                  # input length; 0: the checkpoint's
-norm_mean = None            # log-mel mean for --wav; None: the checkpoint's
-norm_std = None             # log-mel standard deviation for --wav; None: the checkpoint's
+norm_mean = None            # log-mel mean instead of the checkpoint's
+norm_std = None             # log-mel standard deviation instead of the checkpoint's
 batch_size = 64             # clips at a time
 device = 'auto'             # cuda, mps or cpu; auto: the best there is
 dtype = 'auto'              # float32 or bfloat16; auto: bfloat16 on a GPU that has it
@@ -274,7 +274,7 @@ def evaluate_classifier(loaded, settings, process, autocast):
     if not name:
         raise configurator.ConfigError('this checkpoint does not say what it was tuned on: name a prepared set, '
                                        '--dataset=NAME')
-    test = data.task_splits(name, settings.data_dir, settings.fold or tuned.get('fold', ''))[2]
+    test = data.open_test(name, settings.data_dir, settings.fold or tuned.get('fold', ''))
     if len(test.classes) != len(loaded.classes) or loaded.settings and test.classes != loaded.classes:
         raise configurator.ConfigError(f'{settings.ckpt} knows {len(loaded.classes)} classes ({loaded.classes[0]}, '
                                        f'...), {name} has {len(test.classes)} ({test.classes[0]}, ...)')
@@ -298,10 +298,10 @@ def probe_pretrained(loaded, settings, process, autocast):
     if not settings.dataset:
         raise configurator.ConfigError('a pre-trained checkpoint is probed on a labelled set: '
                                        '--dataset=NAME (or use --embed)')
-    parts = data.task_splits(settings.dataset, settings.data_dir, settings.fold, settings.labels_per_class,
-                             settings.seed, settings.validation_part)
+    *parts, whole = data.task_splits(settings.dataset, settings.data_dir, settings.fold, settings.labels_per_class,
+                                     settings.seed, settings.validation_part)
     train, valid, test = parts
-    mean, std = train.statistics(loaded.spectrum['window'])
+    mean, std = whole.statistics(loaded.spectrum['window'])
     spectrum = {**loaded.spectrum, 'mean': mean, 'std': std}
     how = {'batch_size': settings.batch_size, 'workers': settings.workers}
     encoded = [features(loaded.encoder, part, spectrum, process, autocast, title='encoding', **how) for part in parts]
@@ -383,6 +383,12 @@ def write_embeddings(loaded, settings, process, autocast):
 
 def run(argv):
     settings = configurator.configure(__file__, argv)
+    configurator.check_ranges(
+        settings, labels_per_class=(0, 1e9), validation_part=(0, 1), seed=(0, 2 ** 62), top_k=(1, 1e6),
+        frames=(0, 1e6), norm_mean=(-100, 100), norm_std=(1e-3, 100), batch_size=(1, 1e6), workers=(0, 1000),
+        threads=(0, 1000))
+    if settings.wav and not data.words(settings.wav):
+        raise configurator.ConfigError(f'wav = {settings.wav!r} names no file')
     process = runtime.start(settings.device, settings.threads)
     autocast, _ = runtime.autocast(process, settings.dtype)
     loaded = open_checkpoint(settings.ckpt)

@@ -73,16 +73,21 @@ deterministic = False           # the same bits in every run on a GPU too, at so
 other_data = False              # go on although the data are not those that the run began with
 
 FREE_SETTINGS = ('out_dir', 'resume', 'overwrite', 'other_data', 'max_bad_steps', 'data_dir', 'ckpt', 'log_interval',
-                 'save_interval', 'keep', 'device', 'workers', 'threads', 'accumulate')
+                 'save_interval', 'keep', 'workers', 'threads', 'accumulate')
 HEAD_CHOICES = ('cls_position', 'pooling')      # fields of ASDAConfig that fine-tuning may change (Table 2)
 
 
 def check(settings, world):
+    """Raise ConfigError for settings that cannot work."""
     def refuse(text):
         raise configurator.ConfigError(text)
-    for name in ('batch_size', 'accumulate', 'max_steps', 'log_interval', 'save_interval', 'eval_interval', 'keep'):
-        if getattr(settings, name) < 1:
-            refuse(f'{name} = {getattr(settings, name)} must be at least 1')
+    configurator.check_ranges(
+        settings, batch_size=(1, 1e6), accumulate=(1, 1e6), max_steps=(1, 1e9), log_interval=(1, 1e9),
+        save_interval=(1, 1e9), eval_interval=(1, 1e9), keep=(1, 100), seed=(0, 2 ** 62), lr=(0, 1e30),
+        min_lr=(0, 1e30), layer_decay=(0, 1), weight_decay=(0, 1e3), beta1=(0, 0.9999), beta2=(0, 0.999999),
+        max_bad_steps=(1, 1e9), workers=(0, 1000), threads=(0, 1000), warmup_steps=(0, 1e9),
+        labels_per_class=(0, 1e9), mixup=(0, 1e3), mixup_probability=(0, 1), input_mask=(0, 1),
+        label_smoothing=(0, 1), validation_part=(0, 1), frames=(0, 1e6))
     parts = world * settings.accumulate
     if settings.batch_size % (2 * parts) and parts > 1:
         refuse(f'batch_size = {settings.batch_size} is not divisible by 2 x {world} processes x accumulate '
@@ -93,35 +98,31 @@ def check(settings, world):
             refuse(f'{name} = {getattr(settings, name)!r} is none of {", ".join(allowed)}')
     if settings.init == 'checkpoint' and not settings.ckpt:
         refuse('name a pre-trained checkpoint, --ckpt=PATH, or start from random weights, --init=scratch')
-    if settings.seed < 0:
-        refuse(f'seed = {settings.seed} must not be negative')
     if not settings.warmup_steps < settings.max_steps:
         refuse(f'warmup_steps = {settings.warmup_steps} must be less than max_steps = {settings.max_steps}')
-    for name in ('input_mask', 'label_smoothing', 'validation_part', 'drop_path', 'mixup_probability'):
-        if not 0 <= getattr(settings, name) <= 1:
-            refuse(f'{name} = {getattr(settings, name)} must lie in [0, 1]')
 
 
 def initial_model(settings, n_classes):
     """A Classifier with the encoder of --ckpt, or random weights -> model, analysis window, repeat"""
     fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(ASDAConfig)}
-    defaults = {field.name: field.default for field in dataclasses.fields(ASDAConfig)}
     window, repeat, encoder = settings.window, settings.repeat, None
     if settings.ckpt:
         loaded = open_checkpoint(settings.ckpt)
-        set_here = [name for name, value in fields.items()
-                    if value != defaults[name] and name not in ('frames', 'drop_path', *HEAD_CHOICES)]
+        set_here = [name for name in fields if name in settings.given
+                    and name not in ('frames', 'drop_path', *HEAD_CHOICES)]
         if set_here:
             raise configurator.ConfigError(f'{set_here[0]} comes from the checkpoint {settings.ckpt}: leave it out')
-        chosen = {name: fields[name] for name in HEAD_CHOICES if fields[name] != defaults[name]}
+        chosen = {name: fields[name] for name in HEAD_CHOICES if name in settings.given}
         fields = {**dataclasses.asdict(loaded.config), **chosen}
         window, repeat, encoder = loaded.spectrum['window'], loaded.spectrum['repeat'] or repeat, loaded.encoder
-    fields['frames'] = settings.frames or (fields['frames'] if settings.ckpt else defaults['frames'])
+    fields['frames'] = settings.frames or (fields['frames'] if settings.ckpt else ASDAConfig.frames)
     fields['drop_path'] = settings.drop_path
     try:
         config = ASDAConfig(**fields)
     except ValueError as error:
         raise configurator.ConfigError(str(error)) from None
+    if config.n_mels != data.N_MELS:
+        raise configurator.ConfigError(f'n_mels = {config.n_mels} must be {data.N_MELS}')
     torch.manual_seed(settings.seed)
     model = Classifier(config, n_classes)
     if settings.init == 'checkpoint':
@@ -184,11 +185,10 @@ def forward_backward(network, batch, spectrum, settings, multi_label, process, a
     """Forward and backward over this process's clips in parts of mirrored places -> the process's share of the loss."""
     parts = settings.accumulate
     clips = len(batch['lengths'])
-    order = torch.cat([torch.tensor(data.mirrored_places(clips, part, parts))
-                       for part in range(parts)]).to(process.device)
     total = 0
-    for i, chosen in enumerate(order.chunk(parts)):
-        part = {name: value[chosen] if value.ndim else value for name, value in batch.items()}
+    for i in range(parts):
+        places = torch.tensor(data.mirrored_places(clips, i, parts))
+        part = {name: value[places] if value.ndim else value for name, value in batch.items()}
         spec = data.log_mel(part['pcm'], part['lengths'], **spectrum, gain=part['gain'])
         spec, labels = data.augment(spec, part)
         if isinstance(network, DistributedDataParallel):
@@ -204,22 +204,22 @@ def forward_backward(network, batch, spectrum, settings, multi_label, process, a
 def train(settings, process):
     """One fine-tuning run -> {'best': scores, 'last': scores} on the test split; None if a signal ended it."""
     resuming = runtime.check_out_dir(settings.out_dir, settings.resume, settings.overwrite)
-    train_clips, valid, test = data.task_splits(settings.dataset, settings.data_dir, settings.fold,
-                                                settings.labels_per_class, settings.seed, settings.validation_part)
+    train_clips, valid, test, whole = data.task_splits(
+        settings.dataset, settings.data_dir, settings.fold, settings.labels_per_class, settings.seed,
+        settings.validation_part)
     multi_label, classes = train_clips.multi_label, train_clips.classes
     model, window, repeat = initial_model(settings, len(classes))
     config = model.config
-    mean, std = train_clips.statistics(window)
+    mean, std = whole.statistics(window)
     spectrum = {'frames': config.frames, 'window': window, 'mean': mean, 'std': std, 'repeat': repeat}
     input_info = {'window': window, 'mean': mean, 'std': std, 'repeat': repeat,
                   'fingerprint': train_clips.fingerprint()}
-    autocast, dtype_name = runtime.autocast(process, settings.dtype)
-    stage = type(settings)(**{name: value for name, value in vars(settings).items()
-                              if name not in dataclasses.asdict(config)})
-    process.print(f'{configurator.show(stage)}\n{config}')
+    autocast, settings.dtype = runtime.autocast(process, settings.dtype)
+    settings.device = process.device.type                                   # as it is, for the checkpoint
+    process.print(f'{configurator.show(settings, leave_out=dataclasses.asdict(config))}\n{config}')
     process.print(f'{len(train_clips):,} training, {len(valid):,} validation, {len(test):,} test clips; '
                   f'{len(classes)} classes; {config.frames} frames; log-mel mean {mean:.3f}, std {std:.3f}; '
-                  f'{dtype_name}; {runtime.provenance(process)}')
+                  f'{runtime.provenance(process)}')
     model.to(process.device)
     optimizer = make_optimizer(model, settings, process)
     first, best = 0, -math.inf
@@ -254,9 +254,10 @@ def train(settings, process):
         for group in optimizer.param_groups:
             group['lr'] = lr_at(step, settings) * group['scale']
         model.train()
-        batch = {name: value.to(process.device, non_blocking=True) for name, value in batch.items()}
+        batch = {name: value if name == 'noise_seed' else value.to(process.device, non_blocking=True)
+                 for name, value in batch.items()}
         loss = forward_backward(network, batch, spectrum, settings, multi_label, process, autocast)
-        finite = all(bool(torch.isfinite(p.grad).all()) for p in model.parameters())
+        finite = bool(torch.isfinite(torch.nn.utils.get_total_norm(p.grad for p in model.parameters())))
         if finite:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -310,8 +311,7 @@ def train_folds(settings, process):
         out = os.path.join(settings.out_dir, f'fold-{name}')
         resume = settings.resume and os.path.exists(os.path.join(out, 'log.jsonl'))
         process.print(f'fold {name}')
-        results[name] = train(type(settings)(**{**vars(settings), 'fold': name, 'out_dir': out, 'resume': resume}),
-                              process)
+        results[name] = train(settings.but(fold=name, out_dir=out, resume=resume), process)
         if results[name] is None:
             return
     for which in ('best', 'last'):

@@ -73,9 +73,11 @@ class ASDAConfig:
             raise ValueError(f'n_embd = {self.n_embd} is not divisible by 4, which the sine-cosine positions need')
         if self.frames > MAX_FRAMES:
             raise ValueError(f'frames = {self.frames} is too long: positions reach {MAX_FRAMES} frames')
-        for name in ('mask_ratio', 'drop_path'):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f'{name} = {getattr(self, name)} must lie in [0, 1)')
+        for name, lowest in (('mask_ratio', 0.01), ('drop_path', 0.0)):
+            if not lowest <= getattr(self, name) < 1:
+                raise ValueError(f'{name} = {getattr(self, name)} must lie in [{lowest}, 1)')
+        if not self.ffn_ratio * self.n_embd >= 1:
+            raise ValueError(f'ffn_ratio = {self.ffn_ratio} leaves the feed-forward layer no width')
         if not 0 <= self.target_layers <= self.n_layer:
             raise ValueError(f'target_layers = {self.target_layers} must lie between 0 (all) '
                              f'and n_layer = {self.n_layer}')
@@ -342,8 +344,9 @@ def masked_variance(x, weight):
     """Variance of every channel of x (..., D) over the places, each counted weight (...) times. -> (D,)"""
     x, weight = x.flatten(0, -2), weight.flatten()
     share = weight / weight.sum()
-    mean = share @ x
-    return (share @ x.square() - mean.square()).clamp_min(0)
+    with torch.autocast(x.device.type, enabled=False):                      # bfloat16 is too coarse for E[x^2] - E[x]^2
+        mean = share @ x
+        return (share @ x.square() - mean.square()).clamp_min(0)
 
 
 # ----------------------------------------------------------------------------------------------------------- classifier

@@ -21,6 +21,7 @@ import functools
 import hashlib
 import io
 import json
+import lzma
 import math
 import multiprocessing
 import os
@@ -29,6 +30,7 @@ import tarfile
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
@@ -51,6 +53,7 @@ label = 'parent'        # folder: class of a file, its parent folder's name; non
 test_part = 0.2         # folder: share of the files that go to the test split, by a stable hash of their names
 split_file = ''         # folder: a csv of lines `path,split` instead (train, valid or test), paths as inside the source
 max_minutes = 20.0      # longer files are skipped: cut them first
+esc10 = False           # esc50: only its ESC-10 part, ten classes
 clips = 4000            # demo: number of clips
 seed = 1                # demo: which clips
 
@@ -58,7 +61,9 @@ SHARD_CLIPS = 2048                                  # files of one shard; 640 MB
 CHUNK = 16                                          # files that a worker takes at a time
 MAX_FILE_BYTES = 1 << 30                            # no audio file of a set is larger
 MAX_ARCHIVE_RATIO = 100                             # a compressed tar that grows more than this is hostile
+CACHED = r'source-[0-9a-f]{8}\.(zip|tar)'           # a download or decompressed archive, until the set is complete
 MIN_RATE, MAX_RATE = 1000, 768000                   # Hz
+ARCHIVE_ERRORS = (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError)
 AUDIO_SUFFIXES = ('.wav', '.flac', '.ogg', '.oga', '.opus', '.mp3', '.aif', '.aiff', '.au', '.w64', '.caf')
 
 FSDD_URL = ('https://github.com/Jakobovski/free-spoken-digit-dataset/archive/'
@@ -107,8 +112,7 @@ def list_source(path, work_dir):
         with tarfile.open(path, 'r:') as archive:                           # links and devices are no files: left out
             return {member.name: ('tar', path, member.offset_data, member.size)
                     for member in archive if member.isfile()}
-    except (zipfile.BadZipFile, tarfile.TarError, OSError, EOFError, UnicodeError, ValueError,
-            NotImplementedError) as error:
+    except (*ARCHIVE_ERRORS, UnicodeError, ValueError, NotImplementedError) as error:
         raise DataError(f'the archive {path} is damaged ({error}): get it again') from None
 
 
@@ -120,7 +124,8 @@ def uncompressed_tar(path, work_dir):
         return path
     except tarfile.ReadError:
         pass
-    plain = os.path.join(work_dir, 'source.tar')
+    info = os.stat(path)
+    plain = os.path.join(work_dir, cache_name(f'{os.path.abspath(path)} {info.st_size} {info.st_mtime_ns}', 'tar'))
     if os.path.exists(plain):
         return plain
     limit, written = os.path.getsize(path) * MAX_ARCHIVE_RATIO, 0
@@ -132,6 +137,11 @@ def uncompressed_tar(path, work_dir):
                 raise DataError(f'{path} grows more than {MAX_ARCHIVE_RATIO} times when decompressed: refused')
             out.write(block)
     return plain
+
+
+def cache_name(origin, suffix):
+    """The name of a file that is kept beside a set until it is complete; another origin gives another name."""
+    return f'source-{hashlib.sha256(origin.encode("utf-8", "surrogateescape")).hexdigest()[:8]}.{suffix}'
 
 
 @functools.lru_cache(maxsize=4)
@@ -175,7 +185,7 @@ def source_or_download(settings, url):
     """The given source, or the downloaded archive, which stays beside the set until that is complete."""
     if settings.source:
         return settings.source
-    path = os.path.join(settings.out_dir, 'source.zip')
+    path = os.path.join(settings.out_dir, cache_name(url, 'zip'))
     if not os.path.exists(path):
         download(url, path)
     return path
@@ -202,9 +212,8 @@ def decode(content, max_seconds):
     if not np.isfinite(wave).all():
         raise ValueError('NaN or infinite samples')
     if rate != SAMPLE_RATE:
-        # The filter bank of a rate like 44101 Hz would take gigabytes;
-        # the nearest small fraction is off by 1e-6 at most.
-        ratio = fractions.Fraction(rate, SAMPLE_RATE).limit_denominator(1000)
+        # The filter bank of a rate like 44101 Hz would take gigabytes; the nearest fraction is off by 0.02 % at most.
+        ratio = fractions.Fraction(rate, SAMPLE_RATE).limit_denominator(4000)
         wave = torchaudio.functional.resample(torch.from_numpy(wave), ratio.numerator, ratio.denominator).numpy()
     if len(wave) < WINDOW_SAMPLES:
         raise ValueError(f'{len(wave)} samples at 16 kHz, shorter than one window of {WINDOW_SAMPLES}')
@@ -232,8 +241,7 @@ def pack_clip(place, max_seconds):
             wave = synthesise(*place[1:])
         else:
             wave = decode(read_bytes(place), max_seconds)
-    except (OSError, EOFError, ValueError, RuntimeError, TypeError, NotImplementedError, MemoryError,
-            zipfile.BadZipFile) as error:
+    except (*ARCHIVE_ERRORS, ValueError, RuntimeError, TypeError, NotImplementedError, MemoryError) as error:
         return reason_of(error)
     pcm = np.clip(np.rint(wave * 32768), -32768, 32767).astype(np.int16)
     centred = torch.from_numpy(pcm.astype(np.float32) / 32768)[None]
@@ -260,16 +268,18 @@ def pack_in_order(places, max_seconds, pool):
         if pool is None:
             yield from pack_chunk(chunks.popleft(), max_seconds)
             continue
-        while chunks and len(waiting) < 2 * pool.count:                     # few enough to bound the memory
-            chunk = chunks.popleft()
-            waiting.append((chunk, pool.submit(chunk, max_seconds)))
-        chunk, future = waiting.popleft()
         try:
-            yield from future.result()
-        except BrokenProcessPool:
-            yield from pack_one_by_one(chunk, max_seconds)
+            while chunks and len(waiting) < 2 * pool.count:                 # few enough to bound the memory
+                waiting.append((chunks[0], pool.submit(chunks[0], max_seconds)))
+                chunks.popleft()
+            results = waiting[0][1].result()
+            waiting.popleft()
+        except BrokenProcessPool:                                           # a worker died, of any of these chunks
             pool.restart()
-            waiting = collections.deque((c, pool.submit(c, max_seconds)) for c, _ in waiting)
+            chunks.extendleft(chunk for chunk, _ in reversed(waiting))
+            waiting.clear()
+            results = pack_one_by_one(chunks.popleft(), max_seconds)
+        yield from results
 
 
 def pack_one_by_one(chunk, max_seconds):
@@ -425,16 +435,16 @@ def finish(plan, shards, settings):
             'hours': sum(split['seconds'] for split in splits.values()) / 3600}
     with runtime.replacing(os.path.join(settings.out_dir, 'meta.json')) as f:
         json.dump(meta, f, indent=1)
-    for left in ('source.tar', 'source.zip'):
-        if os.path.exists(os.path.join(settings.out_dir, left)):
-            os.remove(os.path.join(settings.out_dir, left))
+    for file in os.listdir(settings.out_dir):
+        if re.fullmatch(CACHED, file):
+            os.remove(os.path.join(settings.out_dir, file))
     describe(meta, settings.out_dir)
 
 
 def remove_set(folder):
     """Delete a prepared set, whole or not: the files that this script writes and no others,
     then the folder if it is empty."""
-    ours = re.compile(r'(meta\.json|skipped\.tsv|source\.(zip|tar)|(train|valid|test|eval)-\d{5}\.(pcm|npz))(\.tmp)?')
+    ours = re.compile(r'(meta\.json|skipped\.tsv|' + CACHED + r'|(train|valid|test|eval)-\d{5}\.(pcm|npz))(\.tmp)?')
     for file in os.listdir(folder):
         if ours.fullmatch(file):
             os.remove(os.path.join(folder, file))
@@ -487,7 +497,7 @@ def plan_esc50(settings):
     try:
         rows = list(csv.DictReader(io.StringIO(read_bytes(found[tables[0]]).decode())))
         rows = [(os.path.splitext(row['filename'])[0], row['fold'], int(row['target']), row['category'])
-                for row in rows]
+                for row in rows if not settings.esc10 or row['esc10'] == 'True']
     except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise DataError(f'{tables[0]} in {settings.source} is not ESC-50\'s table ({error!r})') from None
     audio = {os.path.splitext(key)[0][len(root):]: key for key in found if key.startswith(root + 'audio/')}
@@ -628,7 +638,7 @@ def synthesise(seed, i):
 # ----------------------------------------------------------------------------------------------------------------- main
 
 def default_out_dir(recipe, source):
-    """data/NAME beside this file; a folder's or archive's own name for the recipe `folder`."""
+    """data/NAME in the current folder; a folder's or archive's own name for the recipe `folder`."""
     name = recipe
     if recipe == 'folder':
         name = re.sub(r'[^A-Za-z0-9_.-]', '_',
@@ -645,7 +655,8 @@ def run(argv):
     settings = configurator.configure(__file__, rest if recipe not in ('-h', '--help') else argv)
     if recipe not in RECIPES:
         raise configurator.ConfigError(f'unknown recipe {recipe!r}: it is one of {", ".join(RECIPES)}')
-    settings.out_dir = settings.out_dir or default_out_dir(recipe, settings.source)
+    settings.out_dir = os.path.normpath(settings.out_dir or default_out_dir(recipe, settings.source))
+    configurator.check_ranges(settings, max_bad=(0, 1), max_minutes=(0.01, 1e4), clips=(10, 10 ** 7), seed=(0, 2 ** 62))
     settings.workers = (os.cpu_count() or 1) if settings.workers < 0 else settings.workers
     if settings.overwrite and os.path.isdir(settings.out_dir):
         remove_set(settings.out_dir)

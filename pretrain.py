@@ -20,7 +20,7 @@ import data
 import prepare
 import runtime
 from eval import effective_rank, features, knn_accuracy
-from model import ASDA, ASDAConfig, count_parameters
+from model import ASDA, ASDAConfig, count_parameters, n_kept
 
 out_dir = 'out/pretrain'        # checkpoints and log.jsonl go here
 resume = False                  # go on with the run in out_dir
@@ -66,10 +66,8 @@ other_data = False              # go on although the data are not those that the
 
 # Settings that may differ when a run goes on, since they do not change its numbers.
 FREE_SETTINGS = ('out_dir', 'resume', 'overwrite', 'other_data', 'min_target_var', 'max_bad_steps', 'data_dir',
-                 'eval_dataset', 'eval_interval', 'eval_clips', 'log_interval', 'save_interval', 'keep', 'device',
-                 'workers', 'threads', 'accumulate')
-
-
+                 'eval_dataset', 'eval_interval', 'eval_clips', 'log_interval', 'save_interval', 'keep', 'workers',
+                 'threads', 'accumulate')
 COLLAPSED = 0.05                # a variance of the targets, 1 when all is well, that deserves a warning
 
 
@@ -79,14 +77,17 @@ def model_config(settings):
         config = ASDAConfig(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(ASDAConfig)})
     except ValueError as error:
         raise configurator.ConfigError(str(error)) from None
+    if config.n_mels != data.N_MELS or config.drop_path:
+        raise configurator.ConfigError(f'n_mels = {config.n_mels} must be {data.N_MELS} and drop_path = '
+                                       f'{config.drop_path} must be 0 in pre-training')
     rows, columns = config.grid
     patches = rows * columns
     if config.mask_block > min(rows, columns):
         raise configurator.ConfigError(f'mask_block = {config.mask_block} does not fit the {rows} x {columns} grid '
                                        f'of patches of {config.frames} frames')
     blocks = int(patches * (1 - config.mask_ratio + config.mask_adjust) / config.mask_block ** 2)
-    kept = int(patches * (1 - config.mask_ratio))
-    if not blocks or not kept:
+    kept = n_kept(patches, config.mask_ratio)
+    if blocks < 1 or kept < 1:
         raise configurator.ConfigError(f'{patches} patches keep {kept} at mask_ratio = {config.mask_ratio}: '
                                        f'no block of {config.mask_block} x {config.mask_block} fits; '
                                        'set a smaller mask_block or longer frames')
@@ -94,18 +95,21 @@ def model_config(settings):
 
 
 def check(settings, world):
+    """Raise ConfigError for settings that cannot work."""
+    configurator.check_ranges(
+        settings, batch_size=(1, 1e6), accumulate=(1, 1e6), max_steps=(1, 1e9), log_interval=(1, 1e9),
+        save_interval=(1, 1e9), keep=(1, 100), seed=(0, 2 ** 62), lr=(0, 1e30), weight_decay=(0, 1e3),
+        beta1=(0, 0.9999), beta2=(0, 0.999999), grad_clip=(0, 1e9), ema_start=(0, 1), ema_end=(0, 1),
+        ema_steps=(1, 1e9), eval_interval=(0, 1e9), eval_clips=(10, 1e9), max_bad_steps=(1, 1e9),
+        min_target_var=(0, 1), workers=(0, 1000), threads=(0, 1000), norm_mean=(-100, 100), norm_std=(1e-3, 100),
+        warmup_steps=(0, 1e9))
     if settings.batch_size % (world * settings.accumulate):
         raise configurator.ConfigError(f'batch_size = {settings.batch_size} is not divisible by {world} processes '
                                        f'x accumulate = {settings.accumulate}')
-    for name in ('batch_size', 'accumulate', 'max_steps', 'log_interval', 'save_interval', 'keep'):
-        if getattr(settings, name) < 1:
-            raise configurator.ConfigError(f'{name} = {getattr(settings, name)} must be at least 1')
     if settings.window not in data.WINDOWS:
         raise configurator.ConfigError(f'window = {settings.window!r} is none of {", ".join(data.WINDOWS)}')
     if settings.short_clips not in ('pad', 'join'):
         raise configurator.ConfigError(f'short_clips = {settings.short_clips!r} is neither pad nor join')
-    if settings.seed < 0:
-        raise configurator.ConfigError(f'seed = {settings.seed} must not be negative')
     if not settings.warmup_steps < settings.max_steps:
         raise configurator.ConfigError(f'warmup_steps = {settings.warmup_steps} must be less than max_steps '
                                        f'= {settings.max_steps}')
@@ -183,21 +187,23 @@ def train(settings):
     config = model_config(settings)
     resuming = runtime.check_out_dir(settings.out_dir, settings.resume, settings.overwrite)
     clips = training_clips(settings, process)
+    labelled = monitor_clips(settings)
     mean, std = clips.statistics(settings.window)
     mean = mean if settings.norm_mean is None else settings.norm_mean
     std = std if settings.norm_std is None else settings.norm_std
     join = settings.short_clips == 'join'
     input_info = {'window': settings.window, 'mean': mean, 'std': std, 'repeat': join,
                   'fingerprint': clips.fingerprint()}
-    autocast, dtype_name = runtime.autocast(process, settings.dtype)
+    autocast, settings.dtype = runtime.autocast(process, settings.dtype)
+    settings.device = process.device.type                                   # as it is, for the checkpoint
     process.print(configurator.show(settings))
     process.print(f'{len(clips):,} clips, {clips.length.sum() / data.SAMPLE_RATE / 3600:.2f} hours, '
-                  f'log-mel mean {mean:.3f}, std {std:.3f}; {dtype_name}; {runtime.provenance(process)}')
+                  f'log-mel mean {mean:.3f}, std {std:.3f}; {runtime.provenance(process)}')
 
     torch.manual_seed(settings.seed)
     model = ASDA(config).to(process.device)
     process.print(f'{count_parameters(model):,} trainable parameters; {config.grid[0]} x {config.grid[1]} patches, '
-                  f'{int(math.prod(config.grid) * (1 - config.mask_ratio))} of them kept by each '
+                  f'{n_kept(math.prod(config.grid), config.mask_ratio)} of them kept by each '
                   f'of {config.n_students} students')
     optimizer = make_optimizer(model, settings, process)
     first = 0
@@ -256,8 +262,8 @@ def train(settings):
         if done % settings.log_interval == 0 or done == settings.max_steps:
             report(done, measures, step, settings, process, log, clock)
         last = done == settings.max_steps
-        if settings.eval_dataset and (last or settings.eval_interval and done % settings.eval_interval == 0):
-            scores = monitor(model, settings, config, process, autocast)
+        if labelled and (last or settings.eval_interval and done % settings.eval_interval == 0):
+            scores = monitor(model, labelled, settings, config, process, autocast)
             measures.update(scores)
             process.print(f'step {done:,}: kNN accuracy on {settings.eval_dataset} (chance {scores["chance"]:.1%}): '
                           f'CLS {scores["knn_cls"]:.1%}, patches {scores["knn_patches"]:.1%}; '
@@ -285,32 +291,45 @@ def check_targets(target_std, settings, process):
 
 
 def report(done, measures, step, settings, process, log, clock):
-    """One line to the terminal and to log.jsonl, of the means over processes."""
+    """One line to the terminal and to log.jsonl: means over the accumulated parts and processes. (Losses and the
+    gradient are those of the whole batch; standard deviations and the explained share are means over the parts.)"""
     values = process.mean(torch.stack([torch.as_tensor(value, dtype=torch.float32)
                                        for value in measures.values()])).tolist()
     values = dict(zip(measures, values))
     values.update(step=done, lr=lr_at(step, settings), ema=ema_decay_at(step, settings))
     check_targets(values['target_std'], settings, process)
-    speed = clock.per_second(done, settings.batch_size)
+    speed, weight = clock.per_second(done, settings.batch_size), settings.alpha * settings.utterance_scale
     process.print(f'step {done:,}/{settings.max_steps:,}  loss {values["loss"]:.3f} = frame {values["frame"]:.3f} + '
-                  f'utterance {values["utterance"]:.3f}  explained {values["explained"]:.1%}  '
+                  f'{weight:g} x utterance {values["utterance"]:.3f}  explained {values["explained"]:.1%}  '
                   f'std {values["target_std"]:.2f} target {values["pred_std"]:.2f} prediction  lr {values["lr"]:.1e}  '
                   f'ema {values["ema"]:.5f}  gradient {values["grad_norm"]:.2f}  {speed:.0f} clips/s  '
                   f'{clock.left(done)} left')
     log.write(**values, clips_per_second=speed, time=time.time())
 
 
-def monitor(model, settings, config, process, autocast):
-    """kNN accuracy of the student's frozen features on a validation part of eval_dataset's training split,
-    and their rank."""
+def monitor_clips(settings):
+    """(train, valid) clips of eval_dataset's training split, at most eval_clips together; None without such a set."""
+    if not settings.eval_dataset:
+        return None
     clips = data.open_clips([settings.eval_dataset], settings.data_dir)
+    if clips.multi_label or not clips.classes:
+        raise configurator.ConfigError(f'eval_dataset = {settings.eval_dataset!r} needs one label per clip for its kNN '
+                                       'accuracy: leave it out')
     chosen = data.random(settings.seed, 'few_labels').permutation(len(clips))[:settings.eval_clips]
     train, valid = data.carve_validation(clips.select(chosen), 0.3)
+    if not len(train) or not len(valid):
+        raise configurator.ConfigError(f'eval_dataset = {settings.eval_dataset!r} has too few clips for a kNN accuracy')
+    return train, valid
+
+
+def monitor(model, labelled, settings, config, process, autocast):
+    """kNN accuracy of the student's frozen features from train to valid clips, and the rank of the features."""
+    train, valid = labelled
     mean, std = train.statistics(settings.window)
     spectrum = {'frames': config.frames, 'window': settings.window, 'mean': mean, 'std': std,
                 'repeat': settings.short_clips == 'join'}
     (train_cls, train_patches), (valid_cls, valid_patches) = (
-        features(model.encoder, part, spectrum, process, autocast) for part in (train, valid))
+        features(model.encoder, part, spectrum, process, autocast) for part in labelled)
     return {'knn_cls': knn_accuracy(train_cls, train.label, valid_cls, valid.label),
             'knn_patches': knn_accuracy(train_patches, train.label, valid_patches, valid.label),
             'chance': float((valid.label == torch.from_numpy(valid.label).mode().values.item()).mean()),
@@ -320,8 +339,10 @@ def monitor(model, settings, config, process, autocast):
 def settings_next(settings):
     """What to type next."""
     name = settings.eval_dataset or data.words(settings.dataset)[0]
-    config = f'config/finetune_{name}.py'
+    if not data.read_meta(os.path.join(settings.data_dir, name))['classes']:
+        return f'next:  python eval.py --ckpt={settings.out_dir}/ckpt.pt --dataset={name} --embed=embeddings.npz'
     lines = [f'next:  python eval.py --ckpt={settings.out_dir}/ckpt.pt --dataset={name}      # kNN and linear probe']
+    config = f'config/finetune_{name}.py'
     if os.path.exists(os.path.join(runtime.MODULE_DIR, config)):
         lines.append(f'       python finetune.py {config} --ckpt={settings.out_dir}/ckpt.pt')
     return '\n'.join(lines)

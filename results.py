@@ -45,7 +45,8 @@ def finetune(settings, task, arm, lr, multiple, seed):
     folder = os.path.join(
         settings.out_dir, f'{"".join(c if c.isalnum() else "_" for c in task)}-{arm}-{lr:g}-x{multiple}-seed{seed}'
     )
-    if (found := finished(folder)) is None:
+    lines = log_of(folder, updates * multiple, settings.ckpt)
+    if (found := finished(lines)) is None:
         command = [
             sys.executable,
             os.path.join(runtime.MODULE_DIR, 'finetune.py'),
@@ -59,27 +60,31 @@ def finetune(settings, task, arm, lr, multiple, seed):
             f'--max_steps={updates * multiple}',
             f'--seed={seed}',
             '--threads=1',
-            *(['--resume'] if os.path.exists(f'{folder}/ckpt.pt') else ['--overwrite']),
+            '--resume' if lines and os.path.exists(f'{folder}/ckpt.pt') else '--overwrite',
         ]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
             raise runtime.RunError(
                 f'{" ".join(command)} ended with {result.returncode}: {result.stderr.strip()[-300:]}'
             )
-        found = finished(folder)
+        found = finished(log_of(folder, updates * multiple, settings.ckpt))
     scores = evaluation.describe(found[1])
     print(f'{task}, {arm}, lr {lr:g}, x{multiple}, seed {seed}: validation {found[0]:.1%}, test {scores}', flush=True)
     return found
 
 
-def finished(folder):
-    """(best validation accuracy, test scores of that checkpoint) of a finished run, else None."""
-    path = os.path.join(folder, 'log.jsonl')
-    if not os.path.exists(path):
-        return None
-    lines = [json.loads(line) for line in runtime.whole_lines(path)]
+def finished(lines):
+    """(best validation accuracy, test scores of that checkpoint) from the log of a finished run, else None."""
     test = [line['test']['best'] for line in lines if 'test' in line]
     return (max(line['valid']['accuracy'] for line in lines if 'valid' in line), test[-1]) if test else None
+
+
+def log_of(folder, max_steps, ckpt):
+    """The lines of a run's log, if it is a run of so many steps from that checkpoint; else none."""
+    path = os.path.join(folder, 'log.jsonl')
+    lines = [json.loads(line) for line in runtime.whole_lines(path)] if os.path.exists(path) else []
+    began = lines[0].get('settings', {}) if lines else {}
+    return lines if began.get('max_steps') == max_steps and began.get('ckpt') == ckpt else []
 
 
 def tuned(settings, task, arm, pool):
@@ -138,6 +143,9 @@ def cell(scores):
 
 def run(argv):
     settings = configurator.configure(__file__, argv)
+    configurator.check_ranges(settings, seeds=(1, 1000), jobs=(1, 1000))
+    if not set(settings.arms.split(',')) <= {*ARMS, 'probes'}:
+        raise configurator.ConfigError(f'arms = {settings.arms!r} must be of {", ".join(ARMS)}, probes')
     table = {}
     with concurrent.futures.ThreadPoolExecutor(settings.jobs) as pool:
         for arm in settings.arms.split(','):

@@ -40,7 +40,7 @@ def main(run):
         if dist.is_initialized():
             dist.barrier()                                                  # nobody leaves while another still needs it
     except (ConfigError, DataError, CheckpointError, RunError) as error:
-        if os.environ.get('RANK', '0') == '0':
+        if os.environ.get('LOCAL_RANK', '0') == '0':                        # once per machine
             print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
         sys.exit(1 if isinstance(error, RunError) else 2)
     except RuntimeError as error:
@@ -55,6 +55,9 @@ def main(run):
     except BrokenPipeError:                                                 # `... | head`
         sys.stderr.close()
         sys.exit(1)
+    except OSError as error:
+        print(f'error: {error.filename or "the system"}: {error.strerror or error}', file=sys.stderr)
+        sys.exit(2)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -119,7 +122,7 @@ def start(device='auto', threads=0, deterministic=False):
         raise ConfigError(f'device = {device!r}, but PyTorch finds none here: write --device=cpu')
     if device == 'cuda':
         torch.cuda.set_device(local)
-        torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = 'tf32'
+        torch.backends.cudnn.allow_tf32 = False                             # float32 means float32
     if world > 1:
         dist.init_process_group('nccl' if device == 'cuda' else 'gloo')
     return Process(rank, world, torch.device(device, local) if device == 'cuda' else torch.device(device))
@@ -142,7 +145,8 @@ def autocast(process, dtype):
     if dtype not in ('auto', 'float32', 'bfloat16'):
         raise ConfigError(f'dtype = {dtype!r} is none of auto, float32, bfloat16')
     if dtype == 'auto':
-        dtype = 'bfloat16' if process.device.type == 'cuda' and torch.cuda.is_bf16_supported() else 'float32'
+        has_it = process.device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = 'bfloat16' if has_it else 'float32'
     if dtype == 'float32':
         return contextlib.nullcontext, dtype
     return lambda: torch.autocast(process.device.type, torch.bfloat16), dtype
@@ -151,7 +155,7 @@ def autocast(process, dtype):
 def can_compile(process):
     """Whether torch.compile works here (it needs a compiler); says so in one line if it does not."""
     try:
-        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=process.device))
+        torch.compile(lambda x: x @ x + 1)(torch.ones(8, 8, device=process.device))
         return True
     except Exception as error:
         process.print(f'warning: torch.compile does not work here ({str(error).splitlines()[0][:100]}); '
@@ -297,7 +301,7 @@ def latest_checkpoint(out_dir, process):
     problems = []
     for path in (os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'ckpt.1.pt')):
         try:
-            state = load_checkpoint(path)
+            state = load_checkpoint(path, ('model', 'config', 'settings', 'optimizer', 'step', 'input'))
             if problems:
                 process.print(f'warning: {problems[0]}; going on from {path}')
             return state
@@ -328,7 +332,11 @@ def resume(out_dir, model, optimizer, config, input_info, settings, free, proces
         process.print('warning: changed since the checkpoint, so that this is no longer the same run: '
                       f'{", ".join(changed)}')
     load_weights(model, state['model'], path)
-    optimizer.load_state_dict(state['optimizer'])
+    groups, stored = optimizer.state_dict()['param_groups'], state['optimizer']['param_groups']
+    if [len(group['params']) for group in groups] != [len(group['params']) for group in stored]:
+        raise CheckpointError(f'{path} groups its parameters otherwise: decay_vectors and layer_decay cannot change in '
+                              'a run')
+    optimizer.load_state_dict({'state': state['optimizer']['state'], 'param_groups': groups})    # the settings of now
     process.print(f'going on after step {state["step"]:,}')
     return state
 

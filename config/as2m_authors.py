@@ -25,6 +25,5 @@ weight_decay = 0.05
 ema_start, ema_end, ema_steps = 0.9998, 0.99999, 100_000
 log_interval = 50
 save_interval = 2000
-eval_interval = 20_000
 workers = 8
 compile = True

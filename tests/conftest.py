@@ -66,9 +66,9 @@ def is_one_line_error(result, *words):
     return True
 
 
-def script(*argv, timeout=120, **environment):
+def script(*argv, timeout=120, cwd=ROOT, **environment):
     """A script of this repository in a process of its own."""
-    return subprocess.run([sys.executable, *map(str, argv)], capture_output=True, text=True, timeout=timeout, cwd=ROOT,
+    return subprocess.run([sys.executable, *map(str, argv)], capture_output=True, text=True, timeout=timeout, cwd=cwd,
                           env={**os.environ, 'OMP_NUM_THREADS': '1', **environment})
 
 

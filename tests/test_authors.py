@@ -83,6 +83,14 @@ def test_classifier_features_and_logits(kind):
     assert close(model.encoder(want['spectrogram']), want['features'])
 
 
+def test_a_finetuned_file_says_its_own_length(tmp_path):
+    def change(state):
+        state['cfg']['task']['target_length'] = 64                          # the pre-training inside was of 128 frames
+    path = resaved(tmp_path / 'short.pt', change, 'authors_tiny_finetune.pt')
+    model = authors.load_classifier(path)
+    assert model.config.frames == 64 and model.config.n_head == 4
+
+
 def test_architecture_follows_from_the_shapes():
     asda = authors.load_pretrained(fixture('authors_tiny_pretrain.pt'), utterance_scale=192.0, frames=1008).config
     assert (asda.n_layer, asda.n_head, asda.n_embd, asda.ffn_ratio) == (2, 4, 64, 3.5)  # the file's cfg says 4.0

@@ -113,7 +113,7 @@ def test_user_sees_one_line():
 
 
 def test_works_from_any_folder(tmp_path):
-    result = script(os.path.join(ROOT, 'pretrain.py'), '--help')
+    result = script(os.path.join(ROOT, 'pretrain.py'), '--help', cwd=tmp_path)
     assert result.returncode == 0 and '--n_embd' in result.stdout
 
 

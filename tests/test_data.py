@@ -252,7 +252,8 @@ def test_statistics_pool_the_real_frames_of_a_union(data_dir):
 
 
 def test_splits_are_disjoint_stable_and_counted(data_dir):
-    train, valid, test = data.task_splits('demo', data_dir, labels_per_class=3, seed=1)
+    train, valid, test, whole = data.task_splits('demo', data_dir, labels_per_class=3, seed=1)
+    assert len(whole) == 160 and set(train.keys()) | set(valid.keys()) < set(whole.keys())
     assert np.bincount(train.label).tolist() == [3] * 10
     sets = [set(part.keys()) for part in (train, valid, test)]
     assert not sets[0] & sets[1] and not sets[0] & sets[2] and not sets[1] & sets[2]
@@ -303,12 +304,23 @@ def damage(kind, folder):
         rewrite_shard(folder, labels=np.array([{}], dtype=object))
     elif kind == 'negative offset':
         rewrite_shard(folder, offsets=np.array([-5] * 20))
+    elif kind == 'text lengths':
+        rewrite_shard(folder, lengths=np.array(['9'] * 20))
+    elif kind == 'flat stats':
+        rewrite_shard(folder, stats=np.zeros((20, 2)))
+    elif kind == 'no dimension':
+        rewrite_shard(folder, offsets=np.array(0))
+    elif kind == 'nan stats':
+        rewrite_shard(folder, stats=np.full((20, 2, 2), np.nan))
+    elif kind == 'no shard':
+        os.remove(shard + '.npz')
     elif kind == 'huge length':
         rewrite_shard(folder, lengths=np.array([2 ** 62] * 20))
 
 
 @pytest.mark.parametrize('kind', ['no meta', 'torn meta', 'old version', 'no classes', 'fewer classes', 'no pcm',
-                                  'short pcm', 'torn npz', 'objects', 'negative offset', 'huge length'])
+                                  'short pcm', 'torn npz', 'objects', 'negative offset', 'huge length',
+                                  'text lengths', 'flat stats', 'no dimension', 'nan stats', 'no shard'])
 def test_a_damaged_set_is_named(data_dir, tmp_path, kind):
     shutil.copytree(os.path.join(data_dir, 'noises'), tmp_path / 'noises')
     damage(kind, str(tmp_path / 'noises'))
@@ -317,7 +329,8 @@ def test_a_damaged_set_is_named(data_dir, tmp_path, kind):
 
 
 @pytest.mark.parametrize('options, message', [
-    ({'names': []}, 'names no prepared set'), ({'names': ['absent']}, 'absent'),
+    ({'names': []}, 'must name prepared sets'), ({'names': ['noises', 'noises']}, 'each once'),
+    ({'names': ['absent']}, 'absent'),
     ({'names': ['noises'], 'splits': ['valid']}, 'no clips left'),
     ({'names': ['noises'], 'leave_out': ['noises']}, 'leave_out'),
     ({'names': ['noises'], 'leave_out': ['demo/1']}, 'leave_out'),
@@ -326,6 +339,23 @@ def test_a_damaged_set_is_named(data_dir, tmp_path, kind):
 def test_wrong_selections_are_named(data_dir, options, message):
     with pytest.raises(DataError, match=message):
         data.open_clips(data_dir=data_dir, **options)
+
+
+def test_silence_has_no_statistics(data_dir):
+    clips = data.open_clips(['noises'], data_dir)
+    values = data.frames_in(clips.length)[:, None] * 128.0
+    clips.arrays['stats'] = np.stack([values * -15, values * 225], axis=2).repeat(2, axis=1)
+    with pytest.raises(DataError, match='noises do not vary'):
+        clips.statistics('hamming')
+
+
+def test_only_so_many_shards_are_open_at_a_time(data_dir, monkeypatch):
+    monkeypatch.setattr(data, 'MAX_OPEN_SHARDS', 2)
+    clips = data.open_clips(['noises', 'demo'], data_dir, ['train', 'test'])
+    for i in range(0, len(clips), 7):
+        assert len(clips.read(i)) == clips.length[i]
+        assert len(clips.opened) <= 2
+    assert len(clips.shards) == 4
 
 
 def test_too_few_labels_are_named(data_dir):

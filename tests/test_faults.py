@@ -164,6 +164,21 @@ def test_signals_finish_the_step_save_and_say_how_to_go_on(stage, number, pretra
     assert weights_of(tmp_path / 'out')['step'] == log_of(tmp_path / 'out')[-1]['step'] >= 3
 
 
+def test_sigterm_to_the_whole_group_saves_although_there_are_workers(data_dir, tmp_path):
+    """As torchrun and batch systems send it: to the workers too."""
+    command = [sys.executable, 'pretrain.py', *RUN, '--max_steps=100000', '--save_interval=100000', '--workers=2',
+               f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out']
+    running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    for line in running.stdout:
+        if line.startswith('step 3/'):
+            break
+    os.killpg(running.pid, signal.SIGTERM)
+    rest, errors = running.communicate(timeout=60)
+    assert running.returncode == 0 and 'saved; to go on' in rest, errors
+    assert weights_of(tmp_path / 'out')['step'] >= 3
+
+
 def test_one_process_dying_stops_the_others_without_a_save(data_dir, tmp_path):
     running = start(
         *torchrun(

@@ -83,6 +83,9 @@ def test_a_run_from_our_checkpoint(straight, pretrained):
             and state['config']['drop_path'] == 0.1)
     with open(os.path.join(straight, 'log.jsonl')) as f:
         test = [json.loads(line)['test'] for line in f if '"test"' in line]
+    with open(os.path.join(straight, 'log.jsonl')) as f:
+        valid = [json.loads(line)['valid']['accuracy'] for line in f if '"valid"' in line]
+    assert state['best'] == state['metrics']['accuracy'] == max(valid)
     assert len(test) == 1 and {'best', 'last'} == set(test[0]) and test[0]['best']['clips'] > 0
 
 
@@ -93,6 +96,11 @@ def test_the_encoder_is_the_pretrained_students(pretrained):
         assert torch.equal(tensor, stored[f'encoder.{name}'])
     assert (model.config.frames == 96 and model.config.drop_path == 0.2 and window == 'hamming'
             and len(model.head.weight) == 7)
+    middle = str(os.path.dirname(pretrained)) + '/middle.pt'
+    state = torch.load(pretrained, weights_only=True)
+    torch.save({**state, 'config': {**state['config'], 'pooling': 'mean', 'cls_position': 'middle'}}, middle)
+    back, _, _ = finetune.initial_model(settings(f'--ckpt={middle}', '--pooling=cls'), 7)
+    assert (back.config.pooling, back.config.cls_position) == ('cls', 'middle')     # a given default counts
     other, _, _ = finetune.initial_model(settings(f'--ckpt={pretrained}', '--pooling=mean', '--cls_position=middle'), 7)
     assert (other.config.pooling, other.config.cls_position) == ('mean', 'middle')
     scratch, _, _ = finetune.initial_model(settings(f'--ckpt={pretrained}', '--init=scratch'), 7)

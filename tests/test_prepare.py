@@ -119,8 +119,17 @@ def test_esc50_layout_with_any_extension(tmp_path, suffix):
     clips = data.open_clips(['esc'], str(tmp_path))
     assert clips.classes == ['dog', 'rain'] and clips.metas[0]['folds'] == list('12345')
     assert [len(data.open_clips(['esc'], str(tmp_path), only_fold=fold)) for fold in '12345'] == [2] * 5
-    train, valid, test = data.task_splits('esc', str(tmp_path), fold='3', validation_part=0.5)
+    train, valid, test, _ = data.task_splits('esc', str(tmp_path), fold='3', validation_part=0.5)
     assert len(test) == 2 and len(train) + len(valid) == 8 and not (train.fold == 2).any()
+
+
+def test_esc10_is_the_part_that_the_table_names(tmp_path):
+    files = esc_files()
+    files['ESC-50-abc/meta/esc50.csv'] = files['ESC-50-abc/meta/esc50.csv'].replace(b'rain,True', b'rain,False')
+    source = zipped(tmp_path / 'x.zip', files)
+    assert run('esc50', f'--source={source}', f'--out_dir={tmp_path}/esc', '--esc10').code == 0
+    clips = data.open_clips(['esc'], str(tmp_path))
+    assert len(clips) == 5 and clips.classes == ['dog']
 
 
 @pytest.mark.parametrize('change, message', [
@@ -184,7 +193,7 @@ def test_demo_is_a_function_of_the_seed_and_hard_enough(tmp_path):
         run('demo', '--clips=30', *options, f'--out_dir={tmp_path}/{name}')
     one, two, three = (contents(tmp_path / name)['train-00000.pcm'] for name in ('one', 'two', 'three'))
     assert one == three != two and contents(tmp_path / 'demo')['train-00000.pcm'].startswith(one[:2 * 20720])
-    train, valid, test = data.task_splits('demo', str(tmp_path))
+    train, valid, test, _ = data.task_splits('demo', str(tmp_path))
     assert np.bincount(test.label).tolist() == [24] * 10
     process, spectrum = (Process(0, 1, torch.device('cpu')),
                          {'frames': 128, 'window': 'hamming', 'mean': 0.0, 'std': 0.5, 'repeat': False})
@@ -305,6 +314,19 @@ def crashing_chunk(places, max_seconds):
     return [crash_on(place, max_seconds) for place in places]
 
 
+def test_a_worker_killed_between_two_files_costs_nothing(tmp_path):
+    write_tree(tmp_path / 'x', noises(60))
+    places = [('file', str(path)) for path in sorted((tmp_path / 'x').rglob('*.wav'))]
+    want = list(prepare.pack_in_order(places, 60, None))
+    with prepare.Workers(1) as pool:
+        results = prepare.pack_in_order(places, 60, pool)
+        got = [next(results)]
+        for process in list(pool.pool._processes.values()):
+            process.kill()
+        got += results
+    assert [len(pcm) for pcm, _ in got] == [len(pcm) for pcm, _ in want]
+
+
 def test_a_decoder_that_crashes_costs_its_file_only(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, 'pack_chunk', crashing_chunk)
     source = write_tree(tmp_path / 'x', noises(40))
@@ -326,6 +348,30 @@ def test_names_in_archives_are_never_paths(tmp_path):
         assert {name for name in os.listdir(out)} <= {'meta.json', 'train-00000.npz', 'train-00000.pcm',
                                                       'test-00000.npz', 'test-00000.pcm'}
     assert sorted(os.listdir(tmp_path)) == ['set-tar', 'set-zip', 'x.tar', 'x.zip'] and not os.path.exists('/absolute')
+
+
+def test_one_damaged_member_costs_that_member(tmp_path):
+    for kind, method in (('deflated', zipfile.ZIP_DEFLATED), ('lzma', zipfile.ZIP_LZMA), ('bzip2', zipfile.ZIP_BZIP2)):
+        path = tmp_path / f'{kind}.zip'
+        with zipfile.ZipFile(path, 'w', method) as archive:
+            for name, content in noises(8).items():
+                archive.writestr(name, content)
+            middle = archive.getinfo('b/5.wav').header_offset + 200
+        content = bytearray(path.read_bytes())
+        content[middle:middle + 300] = bytes(300)
+        path.write_bytes(content)
+        assert run('folder', f'--source={path}', f'--out_dir={tmp_path}/{kind}', '--max_bad=0.2').code == 0
+        assert (tmp_path / kind / 'skipped.tsv').read_text().startswith('b/5.wav\t')
+
+
+def test_a_decompressed_archive_of_before_is_not_taken_for_another(tmp_path, monkeypatch):
+    first, second = (tarred(tmp_path / f'{n}.tgz', noises(n), 'w:gz') for n in (9, 6))
+    monkeypatch.setattr(prepare, 'prepare', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert run('folder', f'--source={first}', f'--out_dir={tmp_path}/set').code == 130
+    monkeypatch.undo()
+    assert run('folder', f'--source={second}', f'--out_dir={tmp_path}/set', '--test_part=0').code == 0
+    assert len(data.open_clips(['set'], str(tmp_path))) == 6
+    assert not any(name.startswith('source') for name in os.listdir(tmp_path / 'set'))
 
 
 def test_links_in_tars_are_not_followed(tmp_path):

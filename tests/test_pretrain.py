@@ -186,7 +186,13 @@ def test_a_loss_that_stays_nan_stops_the_run_and_names_the_clips(data_dir, tmp_p
     (['--window=hann'], ['hann', 'hamming']), (['--device=tpu'], ['tpu']), (['--dtype=float8'], ['float8']),
     (['--leave_out=noises/5'], ['leave_out']), (['--max_steps=0'], ['max_steps']),
     (['--warmup_steps=6'], ['warmup_steps = 6']), (['--seed=-1'], ['seed']), (['--resume'], ['nothing to resume']),
-    (['config/absent.py'], ['config/absent.py']), (['--mask_ratio=1.5'], ['mask_ratio']), (['--keep=0'], ['keep'])])
+    (['config/absent.py'], ['config/absent.py']), (['--mask_ratio=1.5'], ['mask_ratio']), (['--keep=0'], ['keep']),
+    (['--ema_steps=0'], ['ema_steps']), (['--n_mels=64'], ['n_mels = 64']), (['--mask_adjust=-0.5'], ['mask_block']),
+    (['--ffn_ratio=-1'], ['ffn_ratio']), (['--beta1=1.5'], ['beta1']), (['--norm_std=abc'], ['norm_std']),
+    (['--norm_std=0'], ['norm_std']), (['--mask_ratio=0'], ['mask_ratio']), (['--grad_clip=-1'], ['grad_clip']),
+    (['--lr=-1'], ['lr']), (['--drop_path=0.5'], ['drop_path']), (['--workers=-1'], ['workers']),
+    (['--dataset=noises,noises'], ['each once']), (['--eval_dataset=absent'], ['absent']),
+    (['--eval_dataset=noises', '--eval_clips=1'], ['eval_clips'])])
 def test_refusals_at_the_start(data_dir, tmp_path, argv, words):
     result = call(pretrain.run, *RUN, f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out', *argv)
     assert is_one_line_error(result, *words)
@@ -201,6 +207,45 @@ def test_a_folder_with_a_run_is_not_overwritten(straight, data_dir):
     assert is_one_line_error(call(pretrain.run, *base, '--resume', '--n_embd=64'), 'n_embd 32 -> 64')
     assert is_one_line_error(call(pretrain.run, *base, '--resume', '--dataset=demo'), 'other clips')
     assert {file: os.path.getmtime(os.path.join(straight, file)) for file in os.listdir(straight)} == before
+
+
+def test_optimizer_settings_of_now_count_when_going_on(straight, data_dir, tmp_path):
+    out = str(tmp_path / 'changed')
+    shutil.copytree(straight, out)
+    base = [*RUN, f'--data_dir={data_dir}', f'--out_dir={out}', '--resume', '--max_steps=8']
+    result = call(pretrain.run, *base, '--weight_decay=0.5', '--beta2=0.9')
+    assert result.code == 0 and 'weight_decay 0.05 -> 0.5' in result.out
+    groups = weights_of(out)['optimizer']['param_groups']
+    assert [group['weight_decay'] for group in groups] == [0.5, 0.0] and groups[0]['betas'] == (0.9, 0.9)
+    os.remove(os.path.join(out, 'ckpt.1.pt'))
+    state = weights_of(out)
+    del state['optimizer']
+    torch.save(state, os.path.join(out, 'ckpt.pt'))
+    assert is_one_line_error(call(pretrain.run, *base), 'optimizer')
+
+
+@pytest.mark.parametrize('out', ['{tmp}/a_file', '{tmp}/a_file/inner', '/proc/x'])
+def test_a_folder_that_cannot_be_written_is_named(data_dir, tmp_path, out):
+    (tmp_path / 'a_file').write_text('')
+    out = out.format(tmp=tmp_path)
+    assert is_one_line_error(call(pretrain.run, *RUN, f'--data_dir={data_dir}', f'--out_dir={out}'), out.split('/')[-1])
+
+
+def test_without_a_compiler_there_is_a_line_and_no_compilation(data_dir, tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError('no compiler\nand more')
+    monkeypatch.setattr(torch, 'compile', broken)
+    result = call(pretrain.run, *RUN, '--compile', f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out')
+    assert result.code == 0 and result.out.count('warning: torch.compile does not work here (no compiler)') == 1
+
+
+@pytest.mark.slow
+def test_compiled_losses_equal_eager_ones(straight, data_dir, tmp_path):
+    result = script('pretrain.py', *RUN, '--compile', f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out',
+                    timeout=600)
+    assert result.returncode == 0 and 'does not work here' not in result.stdout, result.stderr
+    for ours, theirs in zip(log_of(tmp_path / 'out'), log_of(straight), strict=True):
+        assert ours['loss'] == pytest.approx(theirs['loss'], rel=1e-4)
 
 
 def test_a_changed_setting_is_said_when_going_on(straight, data_dir, tmp_path):
