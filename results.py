@@ -4,7 +4,7 @@ statistics.
     python results.py --ckpt=out/real/ckpt.pt                  # everything; finished runs are not run again
     python results.py --ckpt=out/real/ckpt.pt --arms=scratch   # only one of pretrained, scratch, probes
 
-The learning rate and then, from scratch, the length are chosen by the validation accuracy of the first seed; each
+The learning rate and then the length are chosen by the validation accuracy of the first seed, in both arms; each
 seed is run with the choice, and the table shows the test accuracy of its best checkpoint by validation. Every run is
 a finetune.py command, with a folder and log of its own.
 """
@@ -26,22 +26,22 @@ arms = 'pretrained,scratch,probes'      # what to run
 seeds = 2                               # seeds per task: other labels, other random numbers
 jobs = 2                                # runs at a time, one CPU thread each
 
-TASKS = {                               # name: (finetune.py arguments, updates)
-    'FSDD, 10 labels per class': (['config/finetune_fsdd.py', '--labels_per_class=10'], 300),
-    'FSDD, unheard speaker': (['config/finetune_fsdd.py', '--fold=theo'], 600),
-    'wakewords, 10 labels per class': (['config/finetune_wakewords.py'], 200),
-    'ESC-10, fold 5': (['config/finetune_esc10.py'], 200),
-    'demo, 10 labels per class': (['config/finetune_demo.py'], 200),
+TASKS = {                               # name: (finetune.py arguments, updates, multiples of them to choose from)
+    'FSDD, 10 labels per class': (['config/finetune_fsdd.py', '--labels_per_class=10'], 300, (1, 3)),
+    'FSDD, unheard speaker': (['config/finetune_fsdd.py', '--fold=theo'], 600, (1, 3)),
+    'wakewords, 10 labels per class': (['config/finetune_wakewords.py'], 200, (1, 2)),
+    'ESC-10, fold 5': (['config/finetune_esc10.py'], 200, (1,)),
+    'demo, 10 labels per class': (['config/finetune_demo.py'], 200, (1, 2)),
 }
-ARMS = {                                # arm: (further arguments, learning rates, multiples of the task's updates)
-    'pretrained': ([], (2e-4, 6e-4), (1,)),
-    'scratch': (['--init=scratch', '--layer_decay=1'], (3e-4, 1e-3), (1, 3)),
+ARMS = {                                # arm: (further arguments, learning rates to choose from)
+    'pretrained': ([], (5e-4, 1.5e-3)),
+    'scratch': (['--init=scratch', '--layer_decay=1'], (3e-4, 1e-3)),
 }
 
 
 def finetune(settings, task, arm, lr, multiple, seed):
     """Run one finetune.py command to its end, or find it finished -> (validation accuracy, test scores) of its best."""
-    arguments, updates = TASKS[task]
+    arguments, updates, _ = TASKS[task]
     folder = os.path.join(
         settings.out_dir, f'{"".join(c if c.isalnum() else "_" for c in task)}-{arm}-{lr:g}-x{multiple}-seed{seed}'
     )
@@ -89,7 +89,7 @@ def log_of(folder, max_steps, ckpt):
 
 def tuned(settings, task, arm, pool):
     """[test scores of each seed] with the learning rate, then the length, that validation prefers for the first."""
-    _, rates, multiples = ARMS[arm]
+    rates, multiples = ARMS[arm][1], TASKS[task][2]
     first = dict(zip(rates, pool.map(lambda lr: finetune(settings, task, arm, lr, multiples[0], 1), rates)))
     lr = max(rates, key=lambda lr: first[lr][0])
     lengths = {multiple: first[lr] if multiple == multiples[0] else finetune(settings, task, arm, lr, multiple, 1)
@@ -101,7 +101,7 @@ def tuned(settings, task, arm, pool):
 
 def probes(settings, task):
     """{features and probe: [test scores of each seed]}"""
-    arguments, _ = TASKS[task]
+    arguments, *_ = TASKS[task]
     tune = configurator.configure(
         os.path.join(runtime.MODULE_DIR, 'finetune.py'),
         [os.path.join(runtime.MODULE_DIR, arguments[0]), *arguments[1:]],
