@@ -226,8 +226,8 @@ def words(text):
 def open_clips(names, data_dir='data', splits=('train',), leave_out=(), only_fold=None):
     """Open prepared sets as one list of clips.
 
-    names: prepared sets, folders in data_dir. splits: those to take. leave_out: 'set/fold' parts to leave out, where
-    a fold is one of the set's folds (a speaker, 1 to 5, ...). only_fold: keep nothing but this fold. Raises DataError.
+    names: prepared sets, folders in data_dir. splits: those to take. leave_out: 'set/part' to leave out, where a part is
+    one of the set's splits or folds (a speaker, 1 to 5, ...). only_fold: keep nothing but this fold. Raises DataError.
     """
     if not names or len(set(names)) < len(names):
         raise DataError(f'dataset = {",".join(names)!r} must name prepared sets, each once: write --dataset=NAME')
@@ -235,15 +235,17 @@ def open_clips(names, data_dir='data', splits=('train',), leave_out=(), only_fol
     for name in names:
         folder = os.path.join(data_dir, name)
         meta = read_meta(folder)
-        out_folds = folds_left_out(name, meta, names, leave_out)
+        out = left_out_of(name, meta, names, leave_out)
         if only_fold is not None and only_fold not in meta['folds']:
             raise DataError(f'fold {only_fold!r} is not in {folder}: its folds are '
                             f'{", ".join(meta["folds"]) or "none"}')
         for split in splits:
+            if split in out:
+                continue
             found = 0
             for row_count, base, index in read_shards(folder, split, meta):
                 folds = np.array(meta['folds'] + [''])[index['fold']] if row_count else np.array([], dtype=str)
-                chosen = ~np.isin(folds, out_folds)
+                chosen = ~np.isin(folds, out)
                 if only_fold is not None:
                     chosen &= folds == only_fold
                 found += row_count
@@ -264,18 +266,19 @@ def open_clips(names, data_dir='data', splits=('train',), leave_out=(), only_fol
     return Clips(shards, arrays, metas)
 
 
-def folds_left_out(name, meta, names, leave_out):
-    """The folds of this set that leave_out names; every entry must name a set in use and one of its folds."""
-    folds = []
+def left_out_of(name, meta, names, leave_out):
+    """The folds and splits of this set that leave_out names; every entry must name a set in use and a part of it."""
+    splits, parts = sorted(meta.get('splits', {})), []
     for entry in leave_out:
-        owner, slash, fold = entry.partition('/')
+        owner, slash, part = entry.partition('/')
         if not slash or owner not in names:
-            raise DataError(f'leave_out: {entry!r} is not SET/FOLD with one of the sets {", ".join(names)}')
+            raise DataError(f'leave_out: {entry!r} is not SET/FOLD or SET/SPLIT of one of {", ".join(names)}')
         if owner == name:
-            if fold not in meta['folds']:
-                raise DataError(f'leave_out: {name} has no fold {fold!r}, only {", ".join(meta["folds"]) or "none"}')
-            folds.append(fold)
-    return folds
+            if part not in meta['folds'] and part not in splits:
+                raise DataError(f'leave_out: {name} has no fold or split {part!r}, only '
+                                f'{", ".join(meta["folds"] + splits)}')
+            parts.append(part)
+    return parts
 
 
 def read_meta(folder):

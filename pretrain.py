@@ -28,7 +28,7 @@ overwrite = False               # start again, over the run in out_dir
 dataset = 'demo'                # prepared sets, separated by commas
 data_dir = 'data'               # where they are
 splits = 'train'                # their splits to train on
-leave_out = ''                  # SET/FOLD parts of them to leave out, separated by commas
+leave_out = ''                  # SET/FOLD or SET/SPLIT parts of them to leave out, separated by commas
 norm_mean = None                # log-mel mean; None: of the chosen clips
 norm_std = None                 # log-mel standard deviation; None: of the chosen clips
 window = 'hamming'              # analysis window: hamming (paper) or hanning (authors' code)
@@ -304,7 +304,7 @@ def report(done, measures, step, settings, process, log, clock):
                   f'std {values["target_std"]:.2f} target {values["pred_std"]:.2f} prediction  lr {values["lr"]:.1e}  '
                   f'ema {values["ema"]:.5f}  gradient {values["grad_norm"]:.2f}  {speed:.0f} clips/s  '
                   f'{clock.left(done)} left')
-    log.write(**values, clips_per_second=speed, time=time.time())
+    log.write(**values, clips_per_second=speed, seconds_left=clock.seconds_left(done), time=time.time())
 
 
 def monitor_clips(settings):

@@ -402,10 +402,13 @@ class Clock:
     def __init__(self, step, last_step):
         self.first, self.last, self.began = step, last_step, time.time()
 
+    def seconds_left(self, step):
+        """Until last_step, from the mean time of a step so far."""
+        return (time.time() - self.began) / max(step - self.first, 1) * (self.last - step)
+
     def left(self, step):
-        """'3m 20s' until last_step, from the mean time of a step so far."""
-        done = step - self.first
-        return duration((time.time() - self.began) / max(done, 1) * (self.last - step))
+        """The same as '3m 20s'."""
+        return duration(self.seconds_left(step))
 
     def per_second(self, step, items_per_step):
         return (step - self.first) * items_per_step / max(time.time() - self.began, 1e-9)

@@ -334,7 +334,7 @@ def test_a_damaged_set_is_named(data_dir, tmp_path, kind):
     ({'names': ['noises'], 'splits': ['valid']}, 'no clips left'),
     ({'names': ['noises'], 'leave_out': ['noises']}, 'leave_out'),
     ({'names': ['noises'], 'leave_out': ['demo/1']}, 'leave_out'),
-    ({'names': ['noises'], 'leave_out': ['noises/9']}, "no fold '9'"),
+    ({'names': ['noises'], 'leave_out': ['noises/9']}, "no fold or split '9'"),
     ({'names': ['noises'], 'only_fold': '3'}, "fold '3'")])
 def test_wrong_selections_are_named(data_dir, options, message):
     with pytest.raises(DataError, match=message):

@@ -29,7 +29,7 @@ def log_of(out_dir):
     """The training lines of a log, without what is measured by the clock."""
     with open(os.path.join(out_dir, 'log.jsonl')) as f:
         lines = [json.loads(line) for line in f]
-    return [{key: value for key, value in line.items() if key not in ('time', 'clips_per_second')}
+    return [{key: value for key, value in line.items() if key not in ('time', 'clips_per_second', 'seconds_left')}
             for line in lines if 'step' in line]
 
 
@@ -272,6 +272,9 @@ def test_parts_of_a_union_are_left_out(data_dir, tmp_path):
     result = call(pretrain.run, *RUN, '--dataset=noises,demo', '--splits=train,test', '--max_steps=3',
                   f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out')
     assert result.code == 0 and '224 clips' in result.out and time.time() - began < 60
+    result = call(pretrain.run, *RUN, '--dataset=noises,demo', '--splits=train,test', '--leave_out=demo/train',
+                  '--max_steps=3', f'--data_dir={data_dir}', f'--out_dir={tmp_path}/part')
+    assert result.code == 0 and '64 clips' in result.out
 
 
 @pytest.mark.slow
