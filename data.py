@@ -226,7 +226,7 @@ def words(text):
 def open_clips(names, data_dir='data', splits=('train',), leave_out=(), only_fold=None):
     """Open prepared sets as one list of clips.
 
-    names: prepared sets, folders in data_dir. splits: those to take. leave_out: 'set/part' to leave out, where a part is
+    names: prepared sets, folders in data_dir. splits: those to take. leave_out: 'set/part' to leave out, a part being
     one of the set's splits or folds (a speaker, 1 to 5, ...). only_fold: keep nothing but this fold. Raises DataError.
     """
     if not names or len(set(names)) < len(names):

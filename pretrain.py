@@ -173,15 +173,14 @@ def forward_backward(network, spec, mask, noise, settings, autocast):
 
 
 def mask_noise(settings, config, step, places, device):
-    """(clips * n_students, P, D) N(0, mask_noise^2), what the decoder gets at masked places;
-    drawn clip by clip for its place."""
+    """(clips * n_students, P, D) N(0, mask_noise^2), what the decoder gets at masked places, drawn for a clip's place."""
     shape = (config.n_students, math.prod(config.grid), config.n_embd)
     return torch.cat([torch.randn(shape, generator=data.torch_random(device, settings.seed, 'noise', step, place),
                                   device=device) for place in places]) * config.mask_noise
 
 
 def train(settings):
-    """Run pre-training as the settings say, to the end or to a signal. -> the process, to which all is known"""
+    """Run pre-training as the settings say, to its end or to a signal."""
     process = runtime.start(settings.device, settings.threads, settings.deterministic)
     check(settings, process.world)
     config = model_config(settings)
