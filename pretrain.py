@@ -173,7 +173,7 @@ def forward_backward(network, spec, mask, noise, settings, autocast):
 
 
 def mask_noise(settings, config, step, places, device):
-    """(clips * n_students, P, D) N(0, mask_noise^2), what the decoder gets at masked places, drawn for a clip's place."""
+    """(clips * n_students, P, D) N(0, mask_noise^2), for masked places, drawn for each clip's place."""
     shape = (config.n_students, math.prod(config.grid), config.n_embd)
     return torch.cat([torch.randn(shape, generator=data.torch_random(device, settings.seed, 'noise', step, place),
                                   device=device) for place in places]) * config.mask_noise

@@ -4,7 +4,7 @@ statistics.
     python results.py --ckpt=out/real/ckpt.pt                  # everything; finished runs are not run again
     python results.py --ckpt=out/real/ckpt.pt --arms=scratch   # only one of pretrained, scratch, probes
 
-The learning rate and then the length are chosen by the validation accuracy of the first seed, in both arms; each
+Learning rate or pooling, and then the length, are chosen by the validation accuracy of the first seed; each
 seed is run with the choice, and the table shows the test accuracy of its best checkpoint by validation. Every run is
 a finetune.py command, with a folder and log of its own.
 """
@@ -27,24 +27,25 @@ seeds = 2                               # seeds per task: other labels, other ra
 jobs = 2                                # runs at a time, one CPU thread each
 
 TASKS = {                               # name: (finetune.py arguments, updates, multiples of them to choose from)
-    'FSDD, 10 labels per class': (['config/finetune_fsdd.py', '--labels_per_class=10'], 300, (1, 3)),
-    'FSDD, unheard speaker': (['config/finetune_fsdd.py', '--fold=theo'], 600, (1, 3)),
-    'wakewords, 10 labels per class': (['config/finetune_wakewords.py'], 200, (1, 2)),
-    'ESC-10, fold 5': (['config/finetune_esc10.py'], 200, (1,)),
-    'demo, 10 labels per class': (['config/finetune_demo.py'], 200, (1, 2)),
+    'FSDD, 10 labels per class': (['config/finetune_fsdd.py', '--labels_per_class=10'], 300, {'*': (1, 3)}),
+    'FSDD, unheard speaker': (['config/finetune_fsdd.py', '--fold=theo'], 600, {'scratch': (1, 3)}),
+    'wakewords, 10 labels per class': (['config/finetune_wakewords.py'], 200, {'*': (1, 2)}),
+    'ESC-10, fold 5': (['config/finetune_esc10.py'], 200, {}),
+    'demo, 10 labels per class': (['config/finetune_demo.py'], 200, {'*': (1, 2)}),
 }
-ARMS = {                                # arm: (further arguments, learning rates to choose from)
-    'pretrained': ([], (5e-4, 1.5e-3)),
-    'scratch': (['--init=scratch', '--layer_decay=1'], (3e-4, 1e-3)),
+ARMS = {                                # arm: (further arguments, choices of learning rate and pooling)
+    'pretrained': ([], ((1e-3, 'mean'), (5e-4, 'mean'))),
+    'scratch': (['--init=scratch'], ((1e-3, 'cls'), (1e-3, 'mean'))),
 }
 
 
-def finetune(settings, task, arm, lr, multiple, seed):
+def finetune(settings, task, arm, choice, multiple, seed):
     """Run one finetune.py command to its end, or find it finished -> (validation accuracy, test scores) of its best."""
     arguments, updates, _ = TASKS[task]
-    folder = os.path.join(
-        settings.out_dir, f'{"".join(c if c.isalnum() else "_" for c in task)}-{arm}-{lr:g}-x{multiple}-seed{seed}'
-    )
+    lr, pooling = choice
+    name = ''.join(c if c.isalnum() else '_' for c in task)
+    suffix = '-mean' if pooling == 'mean' else ''
+    folder = os.path.join(settings.out_dir, f'{name}-{arm}-{lr:g}-x{multiple}-seed{seed}{suffix}')
     lines = log_of(folder, updates * multiple, settings.ckpt)
     if (found := finished(lines)) is None:
         command = [
@@ -57,6 +58,8 @@ def finetune(settings, task, arm, lr, multiple, seed):
             f'--data_dir={settings.data_dir}',
             f'--out_dir={folder}',
             f'--lr={lr}',
+            f'--pooling={pooling}',
+            '--layer_decay=1',
             f'--max_steps={updates * multiple}',
             f'--seed={seed}',
             '--threads=1',
@@ -68,8 +71,8 @@ def finetune(settings, task, arm, lr, multiple, seed):
                 f'{" ".join(command)} ended with {result.returncode}: {result.stderr.strip()[-300:]}'
             )
         found = finished(log_of(folder, updates * multiple, settings.ckpt))
-    scores = evaluation.describe(found[1])
-    print(f'{task}, {arm}, lr {lr:g}, x{multiple}, seed {seed}: validation {found[0]:.1%}, test {scores}', flush=True)
+    scores, chosen = evaluation.describe(found[1]), f'lr {lr:g}, {pooling}, x{multiple}'
+    print(f'{task}, {arm}, {chosen}, seed {seed}: validation {found[0]:.1%}, test {scores}', flush=True)
     return found
 
 
@@ -88,15 +91,16 @@ def log_of(folder, max_steps, ckpt):
 
 
 def tuned(settings, task, arm, pool):
-    """[test scores of each seed] with the learning rate, then the length, that validation prefers for the first."""
-    rates, multiples = ARMS[arm][1], TASKS[task][2]
-    first = dict(zip(rates, pool.map(lambda lr: finetune(settings, task, arm, lr, multiples[0], 1), rates)))
-    lr = max(rates, key=lambda lr: first[lr][0])
-    lengths = {multiple: first[lr] if multiple == multiples[0] else finetune(settings, task, arm, lr, multiple, 1)
-               for multiple in multiples}
-    multiple = max(multiples, key=lambda multiple: lengths[multiple][0])
-    others = pool.map(lambda seed: finetune(settings, task, arm, lr, multiple, seed), range(2, settings.seeds + 1))
-    return [lengths[multiple][1]] + [scores for _, scores in others]
+    """[test scores of each seed] with the choice, then the length, that validation prefers for the first seed."""
+    choices, lengths = ARMS[arm][1], TASKS[task][2]
+    multiples = lengths.get(arm, lengths.get('*', (1,)))
+    first = dict(zip(choices, pool.map(lambda choice: finetune(settings, task, arm, choice, 1, 1), choices)))
+    choice = max(choices, key=lambda choice: first[choice][0])
+    runs = {multiple: first[choice] if multiple == 1 else finetune(settings, task, arm, choice, multiple, 1)
+            for multiple in multiples}
+    multiple = max(multiples, key=lambda multiple: runs[multiple][0])
+    others = pool.map(lambda seed: finetune(settings, task, arm, choice, multiple, seed), range(2, settings.seeds + 1))
+    return [runs[multiple][1]] + [scores for _, scores in others]
 
 
 def probes(settings, task):

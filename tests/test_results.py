@@ -14,7 +14,7 @@ def test_every_arm_is_tuned_run_and_found_again(pretrained, data_dir, tmp_path, 
     config = tmp_path / 'tiny.py'
     words = [argument[2:].split('=') for argument in FINETUNE if '=' in argument]
     config.write_text(''.join(f'{name} = {value if value[0].isdigit() else repr(value)}\n' for name, value in words))
-    monkeypatch.setattr(results, 'TASKS', {'noises': ([str(config)], 3, (1, 2))})
+    monkeypatch.setattr(results, 'TASKS', {'noises': ([str(config)], 3, {'*': (1, 2)})})
     base = [f'--ckpt={pretrained}', f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out', '--jobs=2']
     first = call(results.run, *base)
     assert first.code == 0, first.err
@@ -24,7 +24,7 @@ def test_every_arm_is_tuned_run_and_found_again(pretrained, data_dir, tmp_path, 
     again = call(results.run, *base)
     assert again.out.splitlines()[-8:] == first.out.splitlines()[-8:]       # the same table, and nothing was run again
     assert made == {folder: os.path.getmtime(f'{tmp_path}/out/{folder}/log.jsonl') for folder in made}
-    monkeypatch.setattr(results, 'TASKS', {'noises': ([str(config)], 4, (1,))})
+    monkeypatch.setattr(results, 'TASKS', {'noises': ([str(config)], 4, {})})
     assert call(results.run, *base, '--arms=scratch').code == 0             # another length is another run
     redone = [folder for folder in made if '-scratch-' in folder]
     assert all(os.path.getmtime(f'{tmp_path}/out/{folder}/log.jsonl') > made[folder] for folder in redone)
