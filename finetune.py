@@ -73,7 +73,7 @@ deterministic = False           # the same bits in every run on a GPU too, at so
 other_data = False              # go on although the data are not those that the run began with
 
 FREE_SETTINGS = ('out_dir', 'resume', 'overwrite', 'other_data', 'max_bad_steps', 'data_dir', 'ckpt', 'log_interval',
-                 'save_interval', 'keep', 'workers', 'threads', 'accumulate')
+                 'save_interval', 'keep', 'workers', 'accumulate')
 HEAD_CHOICES = ('cls_position', 'pooling')      # fields of ASDAConfig that fine-tuning may change (Table 2)
 
 
@@ -309,9 +309,10 @@ def train_folds(settings, process):
     results = {}
     for name in folds:
         out = os.path.join(settings.out_dir, f'fold-{name}')
-        resume = settings.resume and os.path.exists(os.path.join(out, 'log.jsonl'))
+        begun = any(os.path.exists(os.path.join(out, ckpt)) for ckpt in ('ckpt.pt', 'ckpt.1.pt'))
+        resume, overwrite = settings.resume and begun, settings.overwrite or settings.resume and not begun
         process.print(f'fold {name}')
-        results[name] = train(settings.but(fold=name, out_dir=out, resume=resume), process)
+        results[name] = train(settings.but(fold=name, out_dir=out, resume=resume, overwrite=overwrite), process)
         if results[name] is None:
             return
     for which in ('best', 'last'):

@@ -323,6 +323,8 @@ def prepare(plan, settings):
     os.makedirs(settings.out_dir, exist_ok=True)
     shards = cut_into_shards(plan)
     with contextlib.ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)                                            # as in the workers: the same rounding
         bar = stack.enter_context(tqdm(total=len(plan.entries), unit='clip', desc=f'preparing {plan.name}',
                                        mininterval=0.5))
         pool = stack.enter_context(Workers(settings.workers)) if settings.workers else None

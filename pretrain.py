@@ -67,7 +67,7 @@ other_data = False              # go on although the data are not those that the
 # Settings that may differ when a run goes on, since they do not change its numbers.
 FREE_SETTINGS = ('out_dir', 'resume', 'overwrite', 'other_data', 'min_target_var', 'max_bad_steps', 'data_dir',
                  'eval_dataset', 'eval_interval', 'eval_clips', 'log_interval', 'save_interval', 'keep', 'workers',
-                 'threads', 'accumulate')
+                 'accumulate')
 COLLAPSED = 0.05                # a variance of the targets, 1 when all is well, that deserves a warning
 
 

@@ -211,12 +211,13 @@ class Stop:
 
 def check_out_dir(out_dir, resume, overwrite):
     """Refuse a folder that holds a run unless it is to go on or to go. -> True if there is a run to resume."""
-    holds_run = any(os.path.exists(os.path.join(out_dir, name)) for name in ('ckpt.pt', 'ckpt.1.pt', 'log.jsonl'))
+    found = [name for name in ('ckpt.pt', 'ckpt.1.pt', 'log.jsonl') if os.path.exists(os.path.join(out_dir, name))]
     if resume and overwrite:
         raise ConfigError('--resume and --overwrite contradict each other: give one')
-    if resume and not holds_run:
-        raise ConfigError(f'nothing to resume in {out_dir}: run without --resume')
-    if holds_run and not resume and not overwrite:
+    if resume and found in ([], ['log.jsonl']):
+        raise ConfigError(f'nothing to resume in {out_dir}, no checkpoint was written: run without --resume'
+                          + (', with --overwrite' if found else ''))
+    if found and not resume and not overwrite:
         raise ConfigError(f'{out_dir} holds a run: add --resume to go on, --overwrite to start again, '
                           'or choose another --out_dir')
     return resume

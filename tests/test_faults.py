@@ -29,7 +29,7 @@ from .test_finetune import pretrained  # noqa: F401  (a fixture)
 from .test_prepare import audio_file, contents, noises, write_tree
 from .test_pretrain import RUN, log_of, same_state, weights_of
 
-LONG = [*RUN, '--max_steps=40', '--save_interval=1']  # half of its time goes into writing checkpoints
+LONG = [*RUN, '--max_steps=40', '--save_interval=1', '--threads=1']  # half of its time goes into writing checkpoints
 
 
 def start(*argv):
@@ -106,13 +106,18 @@ def long_run(data_dir, tmp_path_factory):
     return out
 
 
+def go_on(out):
+    """--resume, or --overwrite where the kill came before the first checkpoint."""
+    written = [name for name in ('ckpt.pt', 'ckpt.1.pt') if os.path.exists(os.path.join(out, name))]
+    return '--resume' if written else '--overwrite'
+
+
 def kill_at_random(long_run, data_dir, out, times, seed):  # noqa: F811
     """SIGKILL at random moments, in the middle of steps and of checkpoint writes, so often; then finish."""
     rng = np.random.default_rng(seed)
     killed = torn = 0
     while killed < times:
-        resume = ['--resume'] if os.path.exists(os.path.join(out, 'ckpt.pt')) else ['--overwrite']
-        running = start('pretrain.py', *LONG, f'--data_dir={data_dir}', f'--out_dir={out}', *resume)
+        running = start('pretrain.py', *LONG, f'--data_dir={data_dir}', f'--out_dir={out}', go_on(out))
         for line in running.stdout:
             if line.startswith('step '):
                 break
@@ -123,8 +128,7 @@ def kill_at_random(long_run, data_dir, out, times, seed):  # noqa: F811
             shutil.rmtree(out)
         killed += 1
         torn += os.path.exists(os.path.join(out, 'ckpt.pt.tmp'))
-    resume = ['--resume'] if os.path.exists(os.path.join(out, 'log.jsonl')) else []
-    result = call(pretrain.run, *LONG, f'--data_dir={data_dir}', f'--out_dir={out}', *resume)
+    result = call(pretrain.run, *LONG, f'--data_dir={data_dir}', f'--out_dir={out}', go_on(out))
     assert result.code == 0, result.err
     equal_runs(out, long_run)
     return torn
