@@ -39,6 +39,9 @@ def main(run):
         run(sys.argv[1:])
         if dist.is_initialized():
             dist.barrier()                                                  # nobody leaves while another still needs it
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)     # all is written; gloo's own tidying up at exit aborts now and then (its threads still run)
     except (ConfigError, DataError, CheckpointError, RunError) as error:
         if os.environ.get('LOCAL_RANK', '0') == '0':                        # once per machine
             print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
