@@ -2,8 +2,9 @@
 
     python pretrain.py config/demo.py
 
-What it costs: 600 updates of 32 clips x 8 students. Time: under four minutes on two CPU cores. What to expect: the
-explained share rises past 60 %, and the kNN accuracy of the features well above chance (10 %).
+What it costs: 600 updates of 32 clips x 8 students. Time: 3 m 34 s on two CPU cores, with the making of the data. What
+to expect: an explained share of 96 % and a kNN accuracy of 20 % (chance 12 %) at the end. So few updates teach where a
+patch lies more than what it holds: the linear probe of the CLS has 40 %, that of log-mel statistics 48 %.
 """
 out_dir = 'out/demo'
 dataset = eval_dataset = 'demo'
