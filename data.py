@@ -188,6 +188,23 @@ class Clips:
         stop = length if count is None else min(length, start + count)
         return np.asarray(self.opened[shard][offset + start:offset + stop])
 
+    def windows(self, samples, hop):
+        """These clips cut into windows of so many samples, one every hop samples and the last at the clip's end.
+
+        A tail of less than one patch behind the last window is left out. -> Clips with two more arrays: clip, the index
+        of each window's clip, and start, where in it the window begins (samples).
+        """
+        tail = np.maximum(self.length - samples - 16 * HOP_SAMPLES, 0)
+        counts = 1 + -(-tail // hop)
+        clip = np.repeat(np.arange(len(self)), counts)
+        windows = self.select(clip)
+        number = np.arange(len(clip)) - np.repeat(np.cumsum(counts) - counts, counts)       # of the window in its clip
+        start = np.minimum(number * hop, np.maximum(windows.length - samples, 0))
+        windows.arrays.update(clip=clip, start=start, offset=windows.offset + start,
+                              length=np.minimum(windows.length - start, samples))
+        windows.opened = self.opened
+        return windows
+
     def keys(self):
         """The file names, read from the shards when asked for (they are the larger part of an index)."""
         loaded = {shard: np.load(self.shards[shard] + '.npz')['keys'] for shard in np.unique(self.shard)}
@@ -364,6 +381,15 @@ def few_labels(clips, per_class, seed):
     return clips.select(np.sort(np.concatenate(chosen)))
 
 
+def sampling_weights(clips):
+    """(n,) weight of every clip: the sum over its labels of 1000 / (clips of that label + 0.01), as in AudioMAE."""
+    counts, parts = np.zeros(len(clips.classes)), [slice(i, i + 16384) for i in range(0, len(clips), 16384)]
+    for part in parts:                                                      # two million clips x 527 would not fit
+        counts += clips.targets(part).sum(axis=0)
+    of_label = (1000 / (counts + 0.01)).astype(np.float32)
+    return np.concatenate([clips.targets(part) @ of_label for part in parts])
+
+
 def open_test(name, data_dir='data', fold=''):
     """The clips that a labelled set is tested on: all of a fold, or the test (or eval) split. Raises DataError."""
     meta = read_meta(os.path.join(data_dir, name))
@@ -378,23 +404,25 @@ def open_test(name, data_dir='data', fold=''):
     return open_clips([name], data_dir, [split for split in splits if split in ('test', 'eval')])
 
 
-def task_splits(name, data_dir='data', fold='', labels_per_class=0, seed=1, validation_part=0.1):
+def task_splits(name, data_dir='data', fold='', labels_per_class=0, seed=1, validation_part=0.1, test_name=''):
     """(train, valid, test) clips of a labelled set, and the whole training split, for its statistics. Raises DataError.
 
-    fold: test on all clips of that fold and train without it; '': test on the set's test (or eval) split. The
-    validation part is the set's own, or carved from the training split by a stable hash. labels_per_class: so many
-    training clips of each class.
+    fold: test on all clips of that fold and train without it; '': test on the set's test (or eval) split, or on that of
+    the set test_name. The validation part is the set's own, or carved from the training split by a stable hash; 0: no
+    clips. labels_per_class: so many training clips of each class.
     """
-    test = open_test(name, data_dir, fold)
+    test = open_test(test_name or name, data_dir, fold)
     leave_out = [f'{name}/{fold}'] if fold else []
     whole = train = open_clips([name], data_dir, ['train'], leave_out)
-    if 'valid' in test.metas[0].get('splits', {}):
+    if test.classes != train.classes:
+        raise DataError(f'{test_name} has other classes than {name}: {len(test.classes)} and {len(train.classes)}')
+    if 'valid' in train.metas[0].get('splits', {}):
         valid = open_clips([name], data_dir, ['valid'], leave_out)
     else:
         train, valid = carve_validation(train, validation_part)
     if labels_per_class:
         train = few_labels(train, labels_per_class, seed)
-    if not len(train) or not len(valid):
+    if not len(train) or not len(valid) and validation_part:
         raise DataError(f'{name}: {len(train)} training and {len(valid)} validation clips; change validation_part')
     return train, valid, test, whole
 
@@ -402,17 +430,31 @@ def task_splits(name, data_dir='data', fold='', labels_per_class=0, seed=1, vali
 # -------------------------------------------------------------------------------------------------------------- batches
 
 class Order:
-    """The endless order of training clips: a fresh permutation of all of them per epoch, by seed and epoch alone."""
+    """The endless order of training clips, by seed and epoch alone: a fresh permutation of all of them per epoch, or,
+    with weights (clips,), per_epoch of them drawn anew."""
 
-    def __init__(self, clips, seed):
-        self.clips, self.seed, self.epoch, self.permutation = clips, seed, None, None
+    def __init__(self, clips, seed, weights=None, per_epoch=0):
+        self.clips, self.seed, self.weights = clips, seed, weights
+        self.per_epoch = clips if weights is None else min(per_epoch, clips)
+        self.epoch = self.drawn = None
 
     def at(self, position):
         """The clip at a position counted from the start of training."""
-        epoch, place = divmod(position, self.clips)
+        epoch, place = divmod(position, self.per_epoch)
         if epoch != self.epoch:
-            self.epoch, self.permutation = epoch, random(self.seed, 'order', epoch).permutation(self.clips)
-        return int(self.permutation[place])
+            generator = random(self.seed, 'order', epoch)
+            self.epoch, self.drawn = epoch, (
+                generator.permutation(self.clips) if self.weights is None
+                else weighted_draw(self.weights, self.per_epoch, generator))
+        return int(self.drawn[place])
+
+
+def weighted_draw(weights, count, generator):
+    """count different indices, drawn one after the other with chances in proportion to the weights that are left, then
+    shuffled. The smallest of exponential waiting times with these rates are such a draw (Efraimidis and Spirakis 2006).
+    """
+    waiting = generator.standard_exponential(len(weights)) / weights
+    return generator.permutation(np.argpartition(waiting, count - 1)[:count])
 
 
 def stack(waves, samples):
@@ -465,10 +507,10 @@ class FinetuneBatches(torch.utils.data.Dataset):
     """Item k: this process's labelled clips of step k with every number that their augmentation draws."""
 
     def __init__(self, clips, frames, batch_size, places, seed, n_layer, roll=False, noise=False, mask_ratio=0.0,
-                 mixup=0.0, mixup_probability=0.9):
-        self.__dict__.update({name: value for name, value in locals().items() if name != 'self'})
+                 mixup=0.0, mixup_probability=0.9, weights=None, epoch_clips=0):
+        self.__dict__.update({name: value for name, value in locals().items() if name not in ('self', 'weights')})
         self.samples = samples_for(frames)
-        self.order = Order(len(clips), seed)
+        self.order = Order(len(clips), seed, weights, epoch_clips)
 
     def __getitem__(self, step):
         chosen = [self.order.at(step * self.batch_size + place) for place in range(self.batch_size)]

@@ -3,6 +3,7 @@
     python eval.py --ckpt=out/ft/best.pt                        # fine-tuned: metrics on its test split, per-class CSV
     python eval.py --ckpt=out/demo/ckpt.pt --dataset=demo       # pre-trained: kNN and linear probe, beside log-mel's
     python eval.py --ckpt=out/ft/best.pt --wav=a.wav,b.flac     # fine-tuned: the top classes of files
+    python eval.py --ckpt=out/ft/best.pt --wav=long.mp3 --hop=0.5 --csv_file=when.csv           # and when they sound
     python eval.py --ckpt=out/demo/ckpt.pt --dataset=demo --embed=out.npz      # embeddings of a set, or of --wav files
 
 Settings are the names below. Probes use the log-mel statistics of the training split of the set at hand; a fine-tuned
@@ -10,6 +11,7 @@ checkpoint, and embeddings, those that the checkpoint holds.
 """
 import csv
 import dataclasses
+import math
 import os
 from dataclasses import dataclass
 
@@ -23,7 +25,8 @@ import configurator
 import data
 import runtime
 from model import ASDA, MAX_FRAMES, ASDAConfig, Classifier
-from prepare import decode_file
+from prepare import read_label_csv
+from sources import decode_file
 
 ckpt = ''                   # the checkpoint
 dataset = ''                # a prepared set; default for a fine-tuned checkpoint: the one it was tuned on
@@ -34,9 +37,13 @@ validation_part = 0.1       # share of the training split on which the probe's s
 seed = 1                    # which labels, if there are few
 wav = ''                    # audio files to classify or embed, separated by commas
 top_k = 5                   # classes to print for each file
+labels = ''                 # AudioSet's class_labels_indices.csv: names for the classes of a checkpoint without any
 embed = ''                  # write embeddings to this .npz file
-csv_file = ''               # per-class table of a fine-tuned checkpoint; default: classes.csv beside it
+csv_file = ''               # of a set: the per-class table, default classes.csv beside the checkpoint; of files: the
+                            # probabilities of every window
 frames = 0                  # input length; 0: the checkpoint's
+window = 0.0                # seconds of a window of longer clips, whose results are averaged; 0: the input length
+hop = 0.0                   # seconds from a window to the next; 0: of files one window, of sets the first window only
 norm_mean = None            # log-mel mean instead of the checkpoint's
 norm_std = None             # log-mel standard deviation instead of the checkpoint's
 batch_size = 64             # clips at a time
@@ -172,36 +179,49 @@ def predict(classifier, clips, spectrum, process, autocast, **how):
 
 # -------------------------------------------------------------------------------------------------------------- metrics
 
-def average_precision(is_positive, scores):
-    """Area under the precision-recall steps, ties taken together (scikit-learn's average_precision_score). (N,), (N,)
-    -> float"""
-    order = np.argsort(-scores, kind='stable')
-    hits = np.cumsum(is_positive[order])
-    last_of_tie = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)
-    hits = hits[last_of_tie]
-    precision, recall = hits / (last_of_tie + 1), hits / hits[-1]
-    return float((np.diff(recall, prepend=0) * precision).sum())
+def ranking_scores(is_positive, scores):
+    """How well the scores (N,) of one class rank its positives (N,) bool: average precision and area under the ROC
+    curve, equal scores taken together (scikit-learn's average_precision_score and roc_auc_score). NaN where undefined.
+    """
+    order = np.argsort(-scores)
+    ranked = scores[order]
+    seen = np.append(np.flatnonzero(ranked[1:] != ranked[:-1]) + 1, len(scores))     # clips down to each distinct score
+    hits = np.cumsum(is_positive[order])[seen - 1]                          # positives among them
+    gained, misses = np.diff(hits, prepend=0), seen - hits
+    positives, negatives = int(hits[-1]), int(misses[-1])
+    precision = (gained * hits / seen).sum() / positives if positives else math.nan
+    passed = (np.diff(misses, prepend=0) * (hits - gained / 2)).sum()       # pairs in the right order, ties count half
+    return float(precision), float(passed / (positives * negatives)) if positives and negatives else math.nan
 
 
 def metrics(logits, targets, multi_label):
-    """{'accuracy'} or {'mAP'} with counts, and one row per class for the CSV. targets (N, classes), logits alike."""
+    """{'accuracy'} or {'mAP', 'mAUC', 'd_prime'} with counts, and a row per class for the CSV: its clips, then its
+    accuracy, or average precision and area under the ROC curve. targets (N, classes), logits alike.
+
+    Means are over the classes that have a positive (and a negative); d-prime is sqrt(2) times the normal quantile of
+    mAUC, as usual for AudioSet.
+    """
     if multi_label:
-        rows = [(int(positive.sum()), average_precision(positive, scores) if positive.any() else None)
-                for positive, scores in zip(targets.T, logits.T)]
-        found = [score for _, score in rows if score is not None]       # a class without a positive has no precision
-        return {'mAP': float(np.mean(found)) if found else float('nan'), 'classes': len(found),
-                'clips': len(logits)}, rows
+        columns = zip(np.ascontiguousarray(targets.T) > 0, np.ascontiguousarray(logits.T))
+        rows = [(int(positive.sum()), *ranking_scores(positive, scores)) for positive, scores in columns]
+        precision, area = np.array(rows)[:, 1:].T
+        found, areas = precision[~np.isnan(precision)], area[~np.isnan(area)]
+        mean_area = areas.mean() if len(areas) else math.nan
+        return {'mAP': float(found.mean()) if len(found) else math.nan, 'mAUC': float(mean_area),
+                'd_prime': math.sqrt(2) * torch.special.ndtri(torch.tensor(mean_area, dtype=torch.float64)).item(),
+                'classes': len(found), 'clips': len(logits)}, rows
     labels, guesses = targets.argmax(axis=1), logits.argmax(axis=1)
-    rows = [(int((labels == c).sum()), float((guesses[labels == c] == c).mean()) if (labels == c).any() else None)
+    rows = [(int((labels == c).sum()), float((guesses[labels == c] == c).mean()) if (labels == c).any() else math.nan)
             for c in range(targets.shape[1])]
     right = int((guesses == labels).sum())
     return {'accuracy': right / len(labels), 'right': right, 'clips': len(labels)}, rows
 
 
 def describe(scores):
-    """'accuracy 81.2 % (65 of 80)' or 'mAP 0.415 (527 classes, 20,550 clips)'"""
+    """'accuracy 81.2 % (65 of 80)' or 'mAP 0.4150, mAUC 0.972, d-prime 2.71 (527 classes, 20,550 clips)'"""
     if 'mAP' in scores:
-        return f'mAP {scores["mAP"]:.4f} ({scores["classes"]} classes, {scores["clips"]:,} clips)'
+        return (f'mAP {scores["mAP"]:.4f}, mAUC {scores["mAUC"]:.4f}, d-prime {scores["d_prime"]:.3f} '
+                f'({scores["classes"]} classes, {scores["clips"]:,} clips)')
     return f'accuracy {scores["accuracy"]:.1%} ({scores["right"]:,} of {scores["clips"]:,})'
 
 
@@ -268,9 +288,9 @@ def fit_logistic(x, targets, strength, multi_label, start):
 # ---------------------------------------------------------------------------------------------------------------- modes
 
 def evaluate_classifier(loaded, settings, process, autocast):
-    """A fine-tuned checkpoint on its test split."""
+    """A fine-tuned checkpoint on its test split; with --window or --hop, the mean over the windows of each clip."""
     tuned = loaded.settings
-    name = settings.dataset or tuned.get('dataset', '')
+    name = settings.dataset or tuned.get('test_dataset') or tuned.get('dataset', '')
     if not name:
         raise configurator.ConfigError('this checkpoint does not say what it was tuned on: name a prepared set, '
                                        '--dataset=NAME')
@@ -278,18 +298,59 @@ def evaluate_classifier(loaded, settings, process, autocast):
     if len(test.classes) != len(loaded.classes) or loaded.settings and test.classes != loaded.classes:
         raise configurator.ConfigError(f'{settings.ckpt} knows {len(loaded.classes)} classes ({loaded.classes[0]}, '
                                        f'...), {name} has {len(test.classes)} ({test.classes[0]}, ...)')
-    logits = predict(loaded.classifier, test, loaded.spectrum, process, autocast, batch_size=settings.batch_size,
+    cut = settings.window or settings.hop
+    clips = in_windows(test, settings, loaded.spectrum) if cut else test
+    scores = predict(loaded.classifier, clips, loaded.spectrum, process, autocast, batch_size=settings.batch_size,
                      workers=settings.workers, title='evaluating')
-    scores, rows = metrics(logits, test.targets(np.arange(len(test))), test.multi_label)
     path = settings.csv_file or os.path.join(os.path.dirname(settings.ckpt), 'classes.csv')
+    if cut:
+        scores = probabilities(scores, loaded.multi_label)
+        timeline = os.path.join(os.path.dirname(path), 'windows.csv')
+        write_windows(timeline, test.keys(), clips, scores, test.classes, process)
+        process.print(f'{len(clips):,} windows of {len(test):,} clips: {timeline}')
+        scores = mean_of_windows(scores, clips.clip)
+    scores, rows = metrics(scores, test.targets(np.arange(len(test))), test.multi_label)
     if process.is_main:
         with runtime.replacing(path) as f:
             writer = csv.writer(f, lineterminator='\n')
-            writer.writerow(['class', 'clips', 'average_precision' if test.multi_label else 'accuracy'])
-            writer.writerows([label, count, '' if score is None else f'{score:.6f}']
-                             for label, (count, score) in zip(test.classes, rows))
+            writer.writerow(['class', 'clips', *(['average_precision', 'auc'] if test.multi_label else ['accuracy'])])
+            writer.writerows([label, count, *('' if math.isnan(value) else f'{value:.6f}' for value in values)]
+                             for label, (count, *values) in zip(test.classes, rows))
+    longer = (test.length > data.samples_for(loaded.spectrum['frames']) + 16 * data.HOP_SAMPLES).sum()
+    if longer and not cut:
+        process.print(f'{longer:,} clips are longer than the input, of which the first '
+                      f'{loaded.spectrum["frames"] / 100:g} s were used; --hop=SECONDS takes the mean over windows')
     process.print(f'{settings.ckpt} on {name}: {describe(scores)}; per class: {path}')
     return scores
+
+
+def in_windows(clips, settings, spectrum):
+    """The clips cut as --window and --hop say; by default into windows of the input length, side by side."""
+    samples = round(settings.window * data.SAMPLE_RATE) or data.samples_for(spectrum['frames'])
+    return clips.windows(samples, round(settings.hop * data.SAMPLE_RATE) or samples)
+
+
+def probabilities(logits, multi_label):
+    logits = torch.from_numpy(logits)
+    return (logits.sigmoid() if multi_label else logits.softmax(dim=1)).numpy()
+
+
+def mean_of_windows(values, clip):
+    """(windows, classes) -> (clips, classes); clip (windows,) in rising order."""
+    first = np.flatnonzero(np.diff(clip, prepend=-1))
+    return np.add.reduceat(values, first, axis=0) / np.diff(first, append=len(clip))[:, None]
+
+
+def write_windows(path, names, windows, scores, classes, process):
+    """A csv with a row per window: its clip, start and end in seconds, the probability of every class."""
+    if not process.is_main:
+        return
+    with runtime.replacing(path) as f:
+        writer = csv.writer(f, lineterminator='\n')
+        writer.writerow(['clip', 'start', 'end', *classes])
+        for clip, start, length, row in zip(windows.clip, windows.start, windows.length, scores):
+            writer.writerow([names[clip], f'{start / data.SAMPLE_RATE:.3f}',
+                             f'{(start + length) / data.SAMPLE_RATE:.3f}', *(f'{value:.4f}' for value in row)])
 
 
 def probe_pretrained(loaded, settings, process, autocast):
@@ -325,58 +386,61 @@ def probe_pretrained(loaded, settings, process, autocast):
     return results
 
 
-def load_waves(paths, samples):
-    """The first samples of audio files, as a batch of int16 PCM. Raises DataError, which names the file."""
-    waves = [np.clip(np.rint(decode_file(path) * 32768), -32768, 32767).astype(np.int16)[:samples] for path in paths]
-    return data.stack(waves, samples)
+def open_files(paths):
+    """Audio files, decoded, as clips in memory. Raises DataError, which names the file."""
+    waves = [np.clip(np.rint(decode_file(path) * 32768), -32768, 32767).astype(np.int16) for path in paths]
+    lengths = np.array([len(wave) for wave in waves])
+    clips = data.Clips([], {'offset': np.cumsum(lengths) - lengths, 'length': lengths,
+                            'shard': np.zeros(len(waves), int)}, [])
+    clips.opened = {0: np.concatenate(waves)}
+    return clips
 
 
 def classify_files(loaded, settings, process, autocast):
-    """Print the top classes of audio files, with probabilities."""
+    """Print the top classes of audio files, with probabilities; of files longer than the input, the mean over windows."""
     if loaded.classifier is None:
         raise configurator.ConfigError(f'{settings.ckpt} is a pre-trained checkpoint and knows no classes: '
                                        'fine-tune it first, or use --embed')
-    loaded.classifier.eval()
-    for path in data.words(settings.wav):
-        batch = load_waves([path], data.samples_for(loaded.spectrum['frames']))
-        spec = data.log_mel(batch['pcm'].to(process.device), batch['lengths'].to(process.device), **loaded.spectrum)
-        with torch.inference_mode(), autocast():
-            logits = loaded.classifier(spec)[0].float()
-        scores = logits.sigmoid() if loaded.multi_label else logits.softmax(dim=0)
-        top = scores.topk(min(settings.top_k, len(scores)))
-        process.print(path + ':  '
-                      + ', '.join(f'{loaded.classes[i]} {score:.3f}' for score, i in zip(top.values, top.indices)))
+    paths = data.words(settings.wav)
+    windows = in_windows(open_files(paths), settings, loaded.spectrum)
+    scores = probabilities(predict(loaded.classifier, windows, loaded.spectrum, process, autocast,
+                                   batch_size=settings.batch_size), loaded.multi_label)
+    for path, row in zip(paths, mean_of_windows(scores, windows.clip)):
+        top = np.argsort(-row, kind='stable')[:settings.top_k]
+        process.print(path + ':  ' + ', '.join(f'{loaded.classes[i]} {row[i]:.3f}' for i in top))
+    if settings.csv_file:
+        write_windows(settings.csv_file, paths, windows, scores, loaded.classes, process)
+        process.print(f'{len(windows)} windows: {settings.csv_file}')
 
 
 def write_embeddings(loaded, settings, process, autocast):
-    """An .npz with names (N,), cls (N, D), mean (N, D) and patches (N, P, D) float16, P time-major;
-    sound (N,) real frames."""
+    """An .npz with a row per clip, or per window with --window or --hop: names (N,), start (N,) seconds, cls (N, D),
+    mean (N, D) and patches (N, P, D) float16, P time-major; sound (N,) real frames."""
     def everything(spec, lengths):
         x = loaded.encoder(spec).float()
         real = patches_with_sound(lengths, x.shape[1] - 1, loaded.config)[:, :, None]
         return x[:, 0], (x[:, 1:] * real).sum(dim=1) / real.sum(dim=1), x[:, 1:], data.frames_in(lengths)
     if settings.wav:
         names = data.words(settings.wav)
-        batch = load_waves(names, data.samples_for(loaded.spectrum['frames']))
-        pcm, lengths = batch['pcm'].to(process.device), batch['lengths'].to(process.device)
-        with torch.inference_mode(), autocast():
-            parts = [part.float().cpu().numpy()
-                     for part in everything(data.log_mel(pcm, lengths, **loaded.spectrum), lengths)]
+        clips = open_files(names)
     else:
         meta = data.read_meta(os.path.join(settings.data_dir, settings.dataset))
         clips = data.open_clips([settings.dataset], settings.data_dir, sorted(meta.get('splits', {'train': None})))
         names = clips.keys()
-        rows, columns = (loaded.spectrum['frames'] // loaded.config.patch_size,
-                         loaded.config.n_mels // loaded.config.patch_size)
-        if len(names) * rows * columns * loaded.config.n_embd * 4 > MAX_EMBEDDING_BYTES:
-            raise configurator.ConfigError(f'patch embeddings of {len(names):,} clips take more than '
-                                           f'{MAX_EMBEDDING_BYTES >> 30} GiB of memory: embed smaller sets')
-        parts = over_clips(everything, clips, loaded.spectrum, process, autocast, settings.batch_size,
-                           settings.workers, 'encoding')
-    cls, mean, patches, sound = parts
+    starts = np.zeros(len(clips))
+    if settings.window or settings.hop:
+        clips = in_windows(clips, settings, loaded.spectrum)
+        names, starts = [names[i] for i in clips.clip], clips.start / data.SAMPLE_RATE
+    rows, columns = (loaded.spectrum['frames'] // loaded.config.patch_size,
+                     loaded.config.n_mels // loaded.config.patch_size)
+    if len(names) * rows * columns * loaded.config.n_embd * 4 > MAX_EMBEDDING_BYTES:
+        raise configurator.ConfigError(f'patch embeddings of {len(names):,} clips take more than '
+                                       f'{MAX_EMBEDDING_BYTES >> 30} GiB of memory: embed smaller sets')
+    cls, mean, patches, sound = over_clips(everything, clips, loaded.spectrum, process, autocast, settings.batch_size,
+                                           0 if settings.wav else settings.workers, 'encoding')
     if process.is_main:
         with runtime.replacing(settings.embed, 'wb') as f:
-            np.savez(f, names=np.array(names), cls=cls, mean=mean, patches=patches.astype(np.float16),
+            np.savez(f, names=np.array(names), start=starts, cls=cls, mean=mean, patches=patches.astype(np.float16),
                      sound=sound.astype(np.int64))
     process.print(f'{settings.embed}: names {len(names)}, cls and mean {cls.shape}, patches {patches.shape}')
 
@@ -384,20 +448,35 @@ def write_embeddings(loaded, settings, process, autocast):
 def run(argv):
     settings = configurator.configure(__file__, argv)
     configurator.check_ranges(
-        settings, labels_per_class=(0, 1e9), validation_part=(0, 1), seed=(0, 2 ** 62), top_k=(1, 1e6),
+        settings, labels_per_class=(0, 1e9), validation_part=(1e-6, 1), seed=(0, 2 ** 62), top_k=(1, 1e6),
         frames=(0, 1e6), norm_mean=(-100, 100), norm_std=(1e-3, 100), batch_size=(1, 1e6), workers=(0, 1000),
-        threads=(0, 1000))
+        threads=(0, 1000), window=(0, MAX_FRAMES / 100), hop=(0, 1e6))
+    if settings.window and settings.frames:
+        raise configurator.ConfigError('--window and --frames both set the input length: give one')
+    if settings.window and settings.window < data.WINDOW_SAMPLES / data.SAMPLE_RATE or 0 < settings.hop < 0.01:
+        raise configurator.ConfigError(f'window = {settings.window} s must be at least 0.025, hop = {settings.hop} s '
+                                       'at least 0.01')
     if settings.wav and not data.words(settings.wav):
         raise configurator.ConfigError(f'wav = {settings.wav!r} names no file')
     process = runtime.start(settings.device, settings.threads)
     autocast, _ = runtime.autocast(process, settings.dtype)
     loaded = open_checkpoint(settings.ckpt)
+    if settings.labels and loaded.classes:
+        names = [name for _, name in read_label_csv(settings.labels)]
+        if len(names) != len(loaded.classes):
+            raise configurator.ConfigError(f'{settings.labels} names {len(names)} classes, {settings.ckpt} has '
+                                           f'{len(loaded.classes)}')
+        loaded.classes = names
     loaded.encoder.to(process.device).eval()
     if loaded.classifier is not None:
         loaded.classifier.to(process.device)
-    if settings.frames:
+    frames = settings.frames
+    if settings.window:                                                     # up to the next whole patch, padded
+        real = data.frames_in(round(settings.window * data.SAMPLE_RATE))
+        frames = -(-real // loaded.config.patch_size) * loaded.config.patch_size
+    if frames:
         try:
-            loaded.spectrum['frames'] = dataclasses.replace(loaded.config, frames=settings.frames).frames
+            loaded.spectrum['frames'] = dataclasses.replace(loaded.config, frames=frames).frames
         except ValueError as error:
             raise configurator.ConfigError(str(error)) from None
     for name in ('mean', 'std'):

@@ -31,10 +31,13 @@ overwrite = False               # start again, over the run in out_dir
 ckpt = ''                       # pre-trained checkpoint to start from
 init = 'checkpoint'             # checkpoint, or scratch: random weights
 dataset = 'demo'                # a prepared labelled set
+test_dataset = ''               # another prepared set with the same classes to test on; '': dataset's own test split
 data_dir = 'data'               # where it is
 fold = ''                       # test on this fold; all: on each in turn; '': on the test split
 labels_per_class = 0            # train on so many clips of each class; 0: all
-validation_part = 0.1           # share of the training split that chooses the best checkpoint
+validation_part = 0.1           # share of the training split that chooses the best checkpoint; 0: none, the last counts
+weighted = False                # draw clips of rare classes more often: weights 1000 / clips of the label, summed
+epoch_clips = 200000            # weighted: clips of an epoch, drawn without replacement
 seed = 1                        # decides on everything random
 frames = 0                      # input length; 0: the checkpoint's
 window = 'hamming'              # analysis window without a checkpoint: hamming or hanning
@@ -87,7 +90,7 @@ def check(settings, world):
         min_lr=(0, 1e30), layer_decay=(0, 1), weight_decay=(0, 1e3), beta1=(0, 0.9999), beta2=(0, 0.999999),
         max_bad_steps=(1, 1e9), workers=(0, 1000), threads=(0, 1000), warmup_steps=(0, 1e9),
         labels_per_class=(0, 1e9), mixup=(0, 1e3), mixup_probability=(0, 1), input_mask=(0, 1),
-        label_smoothing=(0, 1), validation_part=(0, 1), frames=(0, 1e6))
+        label_smoothing=(0, 1), validation_part=(0, 1), frames=(0, 1e6), epoch_clips=(1, 1e9))
     parts = world * settings.accumulate
     if settings.batch_size % (2 * parts) and parts > 1:
         refuse(f'batch_size = {settings.batch_size} is not divisible by 2 x {world} processes x accumulate '
@@ -206,7 +209,7 @@ def train(settings, process):
     resuming = runtime.check_out_dir(settings.out_dir, settings.resume, settings.overwrite)
     train_clips, valid, test, whole = data.task_splits(
         settings.dataset, settings.data_dir, settings.fold, settings.labels_per_class, settings.seed,
-        settings.validation_part)
+        settings.validation_part, settings.test_dataset)
     multi_label, classes = train_clips.multi_label, train_clips.classes
     model, window, repeat = initial_model(settings, len(classes))
     config = model.config
@@ -234,7 +237,9 @@ def train(settings, process):
     places = data.mirrored_places(settings.batch_size, process.rank, process.world)
     batches = data.FinetuneBatches(train_clips, config.frames, settings.batch_size, places, settings.seed,
                                    config.n_layer, settings.roll, settings.noise, settings.input_mask, settings.mixup,
-                                   settings.mixup_probability)
+                                   settings.mixup_probability,
+                                   data.sampling_weights(train_clips) if settings.weighted else None,
+                                   settings.epoch_clips)
     loader = data.loader(batches, range(first, settings.max_steps), settings.workers, pin=process.device.type == 'cuda')
     log = runtime.Log(settings.out_dir, process, first if resuming else None)
     log.write(start=first, settings=vars(settings), **runtime.provenance(process), time=time.time())
@@ -274,12 +279,12 @@ def train(settings, process):
             process.print(f'step {done:,}/{settings.max_steps:,}  loss {value:.4f}  lr {lr_at(step, settings):.1e}  '
                           f'{clock.per_second(done, settings.batch_size):.0f} clips/s  {clock.left(done)} left')
             log.write(step=done, loss=value, lr=lr_at(step, settings), time=time.time())
-        if last or done % settings.eval_interval == 0:
+        if len(valid) and (last or done % settings.eval_interval == 0):
             scores = evaluate(valid, 'validation')
             process.print(f'step {done:,}: validation {describe(scores)}')
             log.write(step=done, valid=scores)
             score = scores.get('mAP', scores.get('accuracy'))
-            if score >= best:                                               # of equals the later, which has seen more
+            if not score < best:                                            # of equals the later, which has seen more
                 best = score
                 if process.is_main:
                     runtime.save_checkpoint(os.path.join(settings.out_dir, 'best.pt'), contents(), keep=1)
@@ -292,12 +297,15 @@ def train(settings, process):
             return None
 
     results = {'last': evaluate(test, 'test')}
-    process.gather(None)                                                    # best.pt is whole before the others read it
-    runtime.load_weights(model, runtime.load_checkpoint(os.path.join(settings.out_dir, 'best.pt'))['model'], 'best.pt')
-    results['best'] = evaluate(test, 'test')
+    if len(valid):
+        process.gather(None)                                                # best.pt is whole before the others read it
+        best_path = os.path.join(settings.out_dir, 'best.pt')
+        runtime.load_weights(model, runtime.load_checkpoint(best_path)['model'], best_path)
+        results['best'] = evaluate(test, 'test')
     log.write(step=done, test=results)
-    for name, path in (('best', 'best.pt'), ('last', 'ckpt.pt')):
-        process.print(f'test, {name} checkpoint ({settings.out_dir}/{path}): {describe(results[name])}')
+    for name, scores in results.items():
+        path = os.path.join(settings.out_dir, 'ckpt.pt' if name == 'last' else 'best.pt')
+        process.print(f'test, {name} checkpoint ({path}): {describe(scores)}')
     return results
 
 
@@ -315,7 +323,7 @@ def train_folds(settings, process):
         results[name] = train(settings.but(fold=name, out_dir=out, resume=resume, overwrite=overwrite), process)
         if results[name] is None:
             return
-    for which in ('best', 'last'):
+    for which in results[folds[0]]:
         values = [result[which].get('mAP', result[which].get('accuracy')) for result in results.values()]
         process.print(f'{which} checkpoints: '
                       + ', '.join(f'fold {name} {value:.1%}' for name, value in zip(folds, values))

@@ -2,12 +2,13 @@
 import csv
 import os
 import shutil
+from statistics import NormalDist
 
 import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import average_precision_score
+from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier
 
 import data
@@ -24,14 +25,14 @@ CPU = runtime.Process(0, 1, torch.device('cpu'))
 # -------------------------------------------------------------------------------------------------------------- metrics
 
 @pytest.mark.parametrize('levels', [2, 5, 1000])
-def test_average_precision_is_scikit_learns(levels):
+def test_ranking_scores_are_scikit_learns(levels):
     rng = np.random.default_rng(levels)
     for positives in (1, 3, 50, 200):
         labels = np.zeros(200, bool)
         labels[rng.permutation(200)[:positives]] = True
         scores = rng.integers(levels, size=200) / levels                    # few levels: many ties
-        assert evaluation.average_precision(labels, scores) == pytest.approx(
-            average_precision_score(labels, scores), abs=1e-12)
+        want = average_precision_score(labels, scores), roc_auc_score(labels, scores) if positives < 200 else np.nan
+        assert evaluation.ranking_scores(labels, scores) == pytest.approx(want, abs=1e-12, nan_ok=True)
 
 
 def test_map_leaves_out_classes_without_a_positive():
@@ -40,7 +41,11 @@ def test_map_leaves_out_classes_without_a_positive():
     labels[:, 2] = False
     result, rows = evaluation.metrics(scores, labels, True)
     want = np.mean([average_precision_score(labels[:, c], scores[:, c]) for c in (0, 1, 3, 4, 5)])
-    assert result['mAP'] == pytest.approx(want) and result['classes'] == 5 and rows[2] == (0, None)
+    assert result['mAP'] == pytest.approx(want) and result['classes'] == 5
+    assert rows[2][0] == 0 and np.isnan(rows[2][1:]).all()
+    area = np.mean([roc_auc_score(labels[:, c], scores[:, c]) for c in (0, 1, 3, 4, 5)])
+    assert result['mAUC'] == pytest.approx(area)
+    assert result['d_prime'] == pytest.approx(2 ** 0.5 * NormalDist().inv_cdf(area))
 
 
 def test_accuracy_counts():

@@ -14,6 +14,7 @@ import torch
 
 import data
 import prepare
+import sources
 
 from .conftest import SHARED, call, is_one_line_error, needs_shared, write_wav
 
@@ -179,7 +180,7 @@ def test_folder_without_labels_and_with_a_split_file(tmp_path):
 @pytest.mark.parametrize('rate', [8000, 11025, 22050, 32000, 44100, 44101, 48000, 96000, 192000])
 @pytest.mark.parametrize('channels', [1, 2, 6])
 def test_any_rate_and_channel_count(rate, channels):
-    wave = prepare.decode(audio_file('.wav', 0.5, rate, channels, subtype='FLOAT'), 60)
+    wave = sources.decode(audio_file('.wav', 0.5, rate, channels, subtype='FLOAT'), 60)
     assert wave.dtype == np.float32 and abs(len(wave) - 8000) <= 1
     want = sound(0.5)[:len(wave)]
     assert np.abs(wave[200:-200] - want[200:len(wave) - 200]).max() < 0.02
@@ -385,7 +386,7 @@ def test_links_in_tars_are_not_followed(tmp_path):
 
 
 def test_bombs_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, 'MAX_FILE_BYTES', 1 << 20)
+    monkeypatch.setattr(sources, 'MAX_FILE_BYTES', 1 << 20)
     files = {'bomb.wav': bytes(1 << 22), 'good.wav': audio_file('.wav')}
     assert run('folder', f'--source={zipped(tmp_path / "x.zip", files)}', f'--out_dir={tmp_path}/set',
                '--max_bad=0.5').code == 0
@@ -421,10 +422,10 @@ def test_wrong_commands(tmp_path, monkeypatch, argv, words):
 def test_a_header_that_lies_about_its_length_takes_no_memory():
     content = bytearray(audio_file('.wav', 0.5))
     content[40:44] = struct.pack('<I', 0xfffffff0)                          # the data chunk claims 4 GiB
-    assert len(prepare.decode(bytes(content), 60)) == 8000
+    assert len(sources.decode(bytes(content), 60)) == 8000
 
 
 def test_a_file_given_twice_in_stereo_is_averaged(tmp_path):
     both = np.stack([sound(0.2), -sound(0.2)], axis=1)
     write_wav(str(tmp_path / 'x.wav'), both)
-    assert np.abs(prepare.decode_file(str(tmp_path / 'x.wav'))).max() < 1e-4
+    assert np.abs(sources.decode_file(str(tmp_path / 'x.wav'))).max() < 1e-4

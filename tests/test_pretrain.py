@@ -287,3 +287,16 @@ def test_bf16_follows_float32(data_dir, tmp_path):
                     f'--data_dir={data_dir}', f'--out_dir={out}').code == 0
         logs.append([line['loss'] for line in log_of(out)])
     assert logs[1] == pytest.approx(logs[0], rel=0.02)
+
+
+@pytest.mark.slow
+def test_bf16_follows_float32_to_the_end_of_the_demo(tmp_path):
+    """config/demo.py in both precisions: the same final kNN accuracy within two points, CLS and patches."""
+    scores = []
+    for dtype in ('float32', 'bfloat16'):
+        result = script('pretrain.py', 'config/demo.py', f'--dtype={dtype}', f'--data_dir={tmp_path}/data',
+                        '--device=cpu', f'--out_dir={tmp_path}/{dtype}', timeout=3000)
+        assert result.returncode == 0, result.stderr
+        scores.append(next(line for line in reversed(log_of(tmp_path / dtype)) if 'knn_cls' in line))
+    for name in ('knn_cls', 'knn_patches'):
+        assert scores[1][name] == pytest.approx(scores[0][name], abs=0.02), scores
