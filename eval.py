@@ -397,7 +397,7 @@ def open_files(paths):
 
 
 def classify_files(loaded, settings, process, autocast):
-    """Print the top classes of audio files, with probabilities; of files longer than the input, the mean over windows."""
+    """Print the top classes of audio files with probabilities, means over windows if the file is longer than one."""
     if loaded.classifier is None:
         raise configurator.ConfigError(f'{settings.ckpt} is a pre-trained checkpoint and knows no classes: '
                                        'fine-tune it first, or use --embed')

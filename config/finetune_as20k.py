@@ -4,9 +4,10 @@
     python prepare.py audioset --source=AUDIO --segments=eval_segments.csv
     python finetune.py config/finetune_as20k.py --ckpt=out/as2m/ckpt.pt
 
-What it costs: 60,000 updates of 32 ten-second clips, 5e17 floating-point operations by count. Time: not measured by us.
+What it costs: 60,000 updates of 32 ten-second clips, 6e17 floating-point operations by count. Time: not measured.
 What to expect: the paper reports 41.5 mAP; we have not run it. Window, frames and architecture come from the
-checkpoint. The paper gives no values for fine-tuning; those below are the authors' scripts' unless a comment differs.
+checkpoint. The paper gives no values for fine-tuning: those below are the authors' scripts', unless a
+comment says otherwise.
 """
 out_dir = 'out/finetune_as20k'
 dataset = 'as20k'

@@ -4,9 +4,10 @@
     python prepare.py audioset --source=AUDIO --segments=eval_segments.csv
     torchrun --nproc_per_node=4 finetune.py config/finetune_as2m.py --ckpt=out/as2m/ckpt.pt
 
-What it costs: 600,000 updates of 48 ten-second clips, 8e18 floating-point operations by count. Time: not measured by us.
+What it costs: 600,000 updates of 48 ten-second clips, 1e19 floating-point operations by count. Time: not measured.
 What to expect: the paper reports 49.0 mAP; we have not run it. Window, frames and architecture come from the
-checkpoint. The paper gives no values for fine-tuning; those below are the authors' scripts' unless a comment differs.
+checkpoint. The paper gives no values for fine-tuning: those below are the authors' scripts', unless a
+comment says otherwise.
 """
 out_dir = 'out/finetune_as2m'
 dataset = 'as2m'
@@ -27,7 +28,7 @@ input_mask = 0.2                # paper, section 3: "input masking ratio 0.2"
 label_smoothing = 0.0
 roll = True
 noise = False
-weighted = True                 # 1000 / (clips of the label + 0.01), summed: AudioMAE's, the authors' file is not public
+weighted = True                 # by AudioMAE's formula; the authors' file of weights is not public
 epoch_clips = 200_000
 loss = 'bce'                    # sum over classes and clips / sum of the labels
 eval_interval = 20_000          # ours

@@ -3,9 +3,10 @@
     python prepare.py esc50
     python finetune.py config/finetune_esc50.py --ckpt=out/as2m/ckpt.pt --fold=all
 
-What it costs: 4,000 updates of 48 five-second clips for each fold, 1.3e17 floating-point operations by count in all.
-Time: not measured by us. What to expect: the paper reports 96.1 %; we have not run it. Window and architecture come from
-the checkpoint. The paper gives no values for fine-tuning; those below are the authors' scripts' unless a comment differs.
+What it costs: 4,000 updates of 48 five-second clips for each fold, 1.5e17 floating-point operations by count in all.
+Time: not measured. What to expect: the paper reports 96.1 %; we have not run it. Window and architecture come from the
+checkpoint. The paper gives no values for fine-tuning: those below are the authors' scripts', unless a
+comment says otherwise.
 """
 out_dir = 'out/finetune_esc50'
 dataset = 'esc50'

@@ -3,9 +3,10 @@
     python prepare.py speechcommands
     python finetune.py config/finetune_spc2.py --ckpt=out/as2m/ckpt.pt
 
-What it costs: 80,000 updates of 256 one-second clips, 7e17 floating-point operations by count. Time: not measured by us.
-What to expect: the paper reports 98.3 %; we have not run it. Window and architecture come from the checkpoint. The paper
-gives no values for fine-tuning; those below are the authors' scripts' unless a comment differs.
+What it costs: 80,000 updates of 256 one-second clips, 8e17 floating-point operations by count. Time: not measured.
+What to expect: the paper reports 98.3 %; we have not run it. Window and architecture come from the checkpoint.
+The paper gives no values for fine-tuning: those below are the authors' scripts', unless a
+comment says otherwise.
 """
 out_dir = 'out/finetune_spc2'
 dataset = 'speechcommands'
