@@ -164,7 +164,8 @@ def cache_name(origin, suffix):
 
 
 @functools.lru_cache(maxsize=4)
-def open_zip(path):
+def open_zip(path, modified):
+    """modified: when, so that a file that has been replaced is opened anew."""
     return zipfile.ZipFile(path)
 
 
@@ -176,7 +177,7 @@ def read_bytes(place):
             f.seek(place[2])
             content = f.read(min(place[3], MAX_FILE_BYTES + 1))
     else:
-        with open(path, 'rb') if kind == 'file' else open_zip(path).open(place[2]) as f:
+        with open(path, 'rb') if kind == 'file' else open_zip(path, os.stat(path).st_mtime_ns).open(place[2]) as f:
             content = f.read(MAX_FILE_BYTES + 1)
     if len(content) > MAX_FILE_BYTES:
         raise ValueError(f'larger than {MAX_FILE_BYTES >> 20} MiB')
@@ -263,8 +264,11 @@ def other_decoder():
     """torchcodec's AudioDecoder, else the path of the ffmpeg program, else None."""
     try:
         from torchcodec.decoders import AudioDecoder
+        silence = io.BytesIO()
+        soundfile.write(silence, np.zeros(WINDOW_SAMPLES), SAMPLE_RATE, format='WAV')
+        AudioDecoder(silence.getvalue())                                    # it may be there without FFmpeg's libraries
         return AudioDecoder
-    except (ImportError, OSError, RuntimeError):                            # RuntimeError: it finds no FFmpeg libraries
+    except (ImportError, OSError, RuntimeError):
         return shutil.which('ffmpeg')
 
 
