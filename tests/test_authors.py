@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import authors
+from model import ASDAConfig, Classifier
 from runtime import CheckpointError
 
 from .conftest import call, is_one_line_error
@@ -127,6 +128,32 @@ def resaved(path, change, name='authors_tiny_pretrain.pt'):
     state = torch.load(fixture(name), weights_only=True)
     torch.save(change(state) or state, path)
     return str(path)
+
+
+@pytest.mark.parametrize('D, heads, layers', [(768, 12, 2), (1024, 16, 3)])
+def test_base_and_large_of_eat_and_sslam(tmp_path, D, heads, layers):
+    """The widths of their base and large models (fewer layers, for time): 64 channels a head where cfg says nothing."""
+    config = ASDAConfig(n_layer=layers, n_head=heads, n_embd=D, ffn_ratio=4.0, diff_lambda=0.0, head_norm='none',
+                        pos_embed='2d', frames=1024)
+    ours = Classifier(config, 527)
+    theirs = {}
+    for name, tensor in ours.state_dict().items():
+        table = {'encoder.cls': 'model.' + authors.ENCODER_NAMES['cls'],
+                 'encoder.patch_embed.': 'model.modality_encoders.IMAGE.local_encoder.proj.',
+                 'encoder.norm.': 'model.modality_encoders.IMAGE.context_encoder.norm.', 'head_norm.': 'fc_norm.',
+                 'encoder.blocks.': 'model.blocks.', 'mlp.0.': 'mlp.fc1.', 'mlp.2.': 'mlp.fc2.'}
+        for mine, other in table.items():
+            name = name.replace(mine, other)
+        theirs[name] = tensor
+    for i in range(layers):
+        for p in ('weight', 'bias'):
+            prefix = f'model.blocks.{i}.attn.'
+            theirs[f'{prefix}qkv.{p}'] = torch.cat([theirs.pop(f'{prefix}qk.{p}'), theirs.pop(f'{prefix}v.{p}')])
+    torch.save({'model': theirs, 'cfg': None, 'args': None}, tmp_path / 'large.pt')
+    loaded = authors.load_classifier(str(tmp_path / 'large.pt'))
+    assert loaded.config == config
+    spec = torch.randn(1, 128, 128)
+    torch.testing.assert_close(loaded.eval()(spec), ours.eval()(spec))
 
 
 def test_objects_of_other_packages_become_inert(tmp_path):

@@ -361,3 +361,55 @@ def test_only_so_many_shards_are_open_at_a_time(data_dir, monkeypatch):
 def test_too_few_labels_are_named(data_dir):
     with pytest.raises(DataError, match='labels_per_class = 500'):
         data.task_splits('demo', data_dir, labels_per_class=500)
+
+
+# ---------------------------------------------------------------------------------------------------- weighted sampling
+
+def test_weighted_draws_are_those_of_multinomial():
+    """How often each set of three comes up agrees with torch.multinomial without replacement (chi-square)."""
+    weights, n = np.array([8.0, 4.0, 2.0, 1.0, 0.5]), 20000
+    ours = [tuple(sorted(data.weighted_draw(weights, 3, np.random.default_rng(i)))) for i in range(n)]
+    torch.manual_seed(0)
+    theirs = torch.multinomial(torch.tensor(weights).float().expand(n, 5), 3).sort(dim=1).values.tolist()
+    counts = {chosen: [ours.count(chosen), [tuple(row) for row in theirs].count(chosen)] for chosen in set(ours)}
+    assert len(counts) == 10
+    chi_square = sum((a - b) ** 2 / (a + b) for a, b in counts.values())
+    assert chi_square < 27.9                                                # 9 degrees of freedom, p = 0.001
+    firsts = np.bincount([data.weighted_draw(weights, 3, np.random.default_rng(i))[0] for i in range(3000)])
+    assert firsts[4] > 0.03 * 3000                                          # shuffled: the rare are not always last
+
+
+def test_weighted_draws_of_audioset_take_little_time_and_memory():
+    weights = np.random.default_rng(0).random(1_912_134, dtype=np.float32) + 1e-3
+    order = data.Order(len(weights), 1, weights, 200_000)
+    began = time.process_time()
+    first = order.at(0)
+    assert time.process_time() - began < 2
+    drawn = order.drawn.copy()
+    assert len(np.unique(drawn)) == 200_000 and order.drawn.nbytes < 2e6
+    assert weights[drawn].mean() > weights.mean() * 1.2
+    again = data.Order(len(weights), 1, weights, 200_000)
+    assert [again.at(position) for position in (200_000, 0, 199_999)] == [order.at(200_000), first, int(drawn[-1])]
+
+
+def test_sampling_weights_are_audiomaes_formula():
+    labels = np.random.default_rng(0).random((40000, 12)) < np.linspace(0.001, 0.5, 12)
+    clips = data.Clips([], {'offset': np.zeros(40000), 'label': np.packbits(labels, axis=1)},
+                       [{'classes': list(range(12)), 'multi_label': True}])
+    want = (labels * (1000 / (labels.sum(axis=0) + 0.01))).sum(axis=1)
+    np.testing.assert_allclose(data.sampling_weights(clips), want, rtol=1e-5)
+    one = data.Clips([], {'offset': np.zeros(6), 'label': np.array([0, 0, 0, 1, 1, 2])},
+                     [{'classes': ['a', 'b', 'c'], 'multi_label': False}])
+    np.testing.assert_allclose(data.sampling_weights(one), 1000 / (np.array([3, 3, 3, 2, 2, 1]) + 0.01), rtol=1e-6)
+
+
+def test_every_process_takes_its_share_of_one_weighted_draw():
+    """The clips of two processes are, place by place, those of one."""
+    weights = np.linspace(1, 2, 50)
+    clips = data.Clips([], {'offset': np.arange(50)}, [])
+    parts = [data.FinetuneBatches(clips, 64, 8, data.mirrored_places(8, rank, 2), 3, 1, weights=weights, epoch_clips=20)
+             for rank in (0, 1)]
+    whole = data.FinetuneBatches(clips, 64, 8, range(8), 3, 1, weights=weights, epoch_clips=20)
+    chosen = [whole.order.at(position) for position in range(40)]
+    assert len(set(chosen[:20])) == len(set(chosen[20:])) == 20 and chosen[:20] != chosen[20:]
+    assert all([part.order.at(position) for position in range(40)] == chosen for part in parts)
