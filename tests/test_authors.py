@@ -134,7 +134,7 @@ def resaved(path, change, name='authors_tiny_pretrain.pt'):
 def test_base_and_large_of_eat_and_sslam(tmp_path, D, heads, layers):
     """The widths of their base and large models (fewer layers, for time): 64 channels a head where cfg says nothing."""
     config = ASDAConfig(n_layer=layers, n_head=heads, n_embd=D, ffn_ratio=4.0, diff_lambda=0.0, head_norm='none',
-                        pos_embed='2d', frames=1024)
+                        pos_embed='2d', frames=1024, decoder_layers=0)
     ours = Classifier(config, 527)
     theirs = {}
     for name, tensor in ours.state_dict().items():
