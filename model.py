@@ -5,7 +5,8 @@ Wang et al., "ASDA: Audio Spectrogram Differential Attention Mechanism for Self-
 Interspeech 2025, arXiv 2507.02666. Equations and sections below are the paper's. `python model.py` prints the parameter
 counts.
 
-This file must not know audio, files, devices or processes. Shapes: B clips, n students (views) per clip, P patches of a
+This file must not know audio, files, devices or processes; of the rest of the code it uses kernels.py, where a layer is
+told to. Shapes: B clips, n students (views) per clip, P patches of a
 clip on a (P/8, 8) grid of time x frequency, T kept patches of a view, D channels, h heads of d = D / h channels,
 L layers.
 """
@@ -17,6 +18,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+import kernels
 
 
 @dataclass
@@ -112,9 +115,17 @@ def position_table(config):
     return torch.cat([sincos(frequency, config.n_embd // 2), sincos(time, config.n_embd // 2)], dim=1).float()
 
 
+class LayerNorm(nn.LayerNorm):
+    """Its result has autocast's type, where PyTorch's own has float32 and twice the memory traffic."""
+
+    def forward(self, x):
+        return super().forward(x).to(kernels.autocast_type(x))
+
+
 class DiffAttention(nn.Module):
     """head_i = LN((softmax(Q1 K1^T / sqrt(d)) - lambda softmax(Q2 K2^T / sqrt(d))) V) (eq. 1-3),
     then W_O over the heads."""
+    fused = False       # the same by kernels.diff_attention, where that takes the shape: see use_kernels
 
     def __init__(self, config):
         super().__init__()
@@ -125,14 +136,29 @@ class DiffAttention(nn.Module):
         self.v = nn.Linear(D, D)
         self.proj = nn.Linear(D, D)
         if config.head_norm != 'none':
-            self.norm = nn.LayerNorm(D, eps=TARGET_EPS)                 # one weight and bias of length D in either form
+            self.norm = LayerNorm(D, eps=TARGET_EPS)                    # one weight and bias of length D in either form
 
     def forward(self, x):
         """(B, N, D) -> (B, N, D)"""
-        B, N, D = x.shape
+        N, D = x.shape[1:]
+        h, per_head = self.config.n_head, self.config.head_norm == 'per_head'
+        qk, v = self.qk(x), self.v(x)                                       # (B, N, 2 * maps * D), (B, N, D)
+        if self.fused and kernels.diff_attention_fits(N, D // h, v.dtype):
+            y = kernels.diff_attention(qk, v, h, self.config.diff_lambda, per_head, TARGET_EPS)
+        else:
+            y = self.attend(qk, v)                                          # (B, N, D)
+        if per_head:
+            y = y * self.norm.weight + self.norm.bias
+        elif self.config.head_norm == 'all':
+            y = self.norm(y)
+        return self.proj(y * self.config.attn_scale)
+
+    def attend(self, qk, v):
+        """The heads side by side, each with its LayerNorm if it has one. (B, N, 2 * maps * D), (B, N, D) -> like v"""
+        B, N, D = v.shape
         h, d = self.config.n_head, D // self.config.n_head
-        q, k = self.qk(x).view(B, N, 2, self.maps * h, d).permute(2, 0, 3, 1, 4)    # (B, maps * h, N, d) each
-        v = self.v(x).view(B, N, h, d).transpose(1, 2)                      # (B, h, N, d)
+        q, k = qk.view(B, N, 2, self.maps * h, d).permute(2, 0, 3, 1, 4)    # (B, maps * h, N, d) each
+        v = v.view(B, N, h, d).transpose(1, 2)                              # (B, h, N, d)
         if self.maps == 2:
             v = torch.cat([v, v], dim=1)                                    # both maps weigh the same values
         y = F.scaled_dot_product_attention(q, k, v)                         # (B, maps * h, N, d)
@@ -141,11 +167,8 @@ class DiffAttention(nn.Module):
             y = y1 - self.config.diff_lambda * y2                           # (A1 - lambda A2) V = A1 V - lambda A2 V
         y = y.transpose(1, 2)                                               # (B, N, h, d)
         if self.config.head_norm == 'per_head':
-            y = F.layer_norm(y, (d,), eps=TARGET_EPS).reshape(B, N, D) * self.norm.weight + self.norm.bias
-        else:
-            y = y.reshape(B, N, D)
-            y = self.norm(y) if self.config.head_norm == 'all' else y
-        return self.proj(y * self.config.attn_scale)
+            y = F.layer_norm(y, (d,), eps=TARGET_EPS)
+        return y.reshape(B, N, D)
 
 
 def drop_path(branch, rate, draw):
@@ -163,9 +186,9 @@ class Block(nn.Module):
         hidden = round(config.n_embd * config.ffn_ratio)
         self.drop_rate = drop_rate
         self.attn = DiffAttention(config)
-        self.norm1 = nn.LayerNorm(config.n_embd, eps=NORM_EPS)
+        self.norm1 = LayerNorm(config.n_embd, eps=NORM_EPS)
         self.mlp = nn.Sequential(nn.Linear(config.n_embd, hidden), nn.GELU(), nn.Linear(hidden, config.n_embd))
-        self.norm2 = nn.LayerNorm(config.n_embd, eps=NORM_EPS)
+        self.norm2 = LayerNorm(config.n_embd, eps=NORM_EPS)
 
     def forward(self, x, draw=None):
         """x (B, N, D); draw (B, 2) uniform numbers that decide on stochastic depth -> x, t (B, N, D)"""
@@ -184,7 +207,7 @@ class Encoder(nn.Module):
         self.config = config
         self.patch_embed = nn.Conv2d(1, config.n_embd, config.patch_size, stride=config.patch_size)
         self.cls = nn.Parameter(torch.empty(1, 1, config.n_embd))
-        self.norm = nn.LayerNorm(config.n_embd, eps=NORM_EPS)
+        self.norm = LayerNorm(config.n_embd, eps=NORM_EPS)
         self.blocks = nn.ModuleList(
             Block(config, config.drop_path * i / max(config.n_layer - 1, 1)) for i in range(config.n_layer))
         self.register_buffer('positions', position_table(config), persistent=False)      # (P_max, D)
@@ -245,6 +268,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Predicts the teacher's targets on the whole grid from a student's kept patches.
     PyTorch's default initialisation."""
+    fused = False       # the convolutions by kernels.grouped_conv: see use_kernels
 
     def __init__(self, config):
         super().__init__()
@@ -260,9 +284,10 @@ class Decoder(nn.Module):
         # (V, P, D), noise where masked
         x = noise.to(tokens.dtype).scatter(1, keep[:, :, None].expand(-1, -1, D), tokens)
         x = x.view(V, P // columns, columns, D)                             # (V, time, frequency, D), channels last
+        convolve = kernels.grouped_conv if self.fused else kernels.grouped_conv_plain
         for conv in self.convs:
-            y = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)             # (V, time, frequency, D)
-            x = x + F.gelu(F.layer_norm(y, (D,), eps=TARGET_EPS))
+            y = convolve(x, conv.weight, conv.bias, self.config.decoder_groups)     # (V, time, frequency, D)
+            x = x + F.gelu(F.layer_norm(y, (D,), eps=TARGET_EPS)).to(y.dtype)
         return self.proj(x.reshape(V, P, D))
 
 
@@ -338,6 +363,22 @@ class ASDA(nn.Module):
         return loss, {'frame': frame_loss.detach(), 'utterance': utterance_loss.detach(),
                       'target_std': target_variance.sqrt().mean(), 'pred_std': prediction_variance.sqrt().mean(),
                       'explained': explained}
+
+
+def use_kernels(model, names):
+    """Compute these layers of an ASDA by Triton: 'conv', the decoder's, and 'attention', the students'."""
+    model.decoder.fused = 'conv' in names
+    for block in model.encoder.blocks:
+        block.attn.fused = 'attention' in names and model.config.diff_lambda > 0
+
+
+def kernel_shapes(config, clips):
+    """What kernels.choose wants to know of a forward pass over so many clips."""
+    views, (rows, columns), h = clips * config.n_students, config.grid, config.n_head
+    tokens = 1 + n_kept(rows * columns, config.mask_ratio)
+    return {'conv': (views, rows, columns, config.n_embd, config.decoder_groups) if config.decoder_layers else None,
+            'attention': (views, tokens, h, config.n_embd // h, config.diff_lambda, config.head_norm == 'per_head')
+            if config.diff_lambda else None}
 
 
 def masked_variance(x, weight):

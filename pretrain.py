@@ -17,10 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import configurator
 import data
+import kernels as triton_kernels
 import prepare
 import runtime
 from eval import effective_rank, features, knn_accuracy
-from model import ASDA, ASDAConfig, count_parameters, n_kept
+from model import ASDA, ASDAConfig, count_parameters, kernel_shapes, n_kept, use_kernels
 
 out_dir = 'out/pretrain'        # checkpoints and log.jsonl go here
 resume = False                  # go on with the run in out_dir
@@ -59,6 +60,8 @@ keep = 2                        # checkpoints to keep
 device = 'auto'                 # cuda, mps or cpu; auto: the best there is
 dtype = 'auto'                  # float32 or bfloat16 (autocast); auto: bfloat16 on a GPU that has it
 compile = False                 # torch.compile
+kernels = 'auto'                # Triton kernels: auto (on a GPU those that are right and faster), torch (none),
+                                # triton (all), or a list of conv and attention
 workers = 2                     # processes that read clips ahead; 0: none
 threads = 0                     # CPU threads of one process; 0: PyTorch's choice
 deterministic = False           # the same bits in every run on a GPU too, at some cost (on a CPU they always are)
@@ -67,7 +70,7 @@ other_data = False              # go on although the data are not those that the
 # Settings that may differ when a run goes on, since they do not change its numbers.
 FREE_SETTINGS = ('out_dir', 'resume', 'overwrite', 'other_data', 'min_target_var', 'max_bad_steps', 'data_dir',
                  'eval_dataset', 'eval_interval', 'eval_clips', 'log_interval', 'save_interval', 'keep', 'workers',
-                 'accumulate')
+                 'accumulate', 'kernels')
 COLLAPSED = 0.05                # a variance of the targets, 1 when all is well, that deserves a warning
 
 
@@ -140,7 +143,34 @@ def make_optimizer(model, settings, process):
     groups = [{'params': matrices, 'weight_decay': settings.weight_decay},
               {'params': vectors, 'weight_decay': settings.weight_decay if settings.decay_vectors else 0.0}]
     return torch.optim.AdamW(groups, lr=0.0, betas=(settings.beta1, settings.beta2), eps=1e-8,
-                             fused=process.device.type == 'cuda')
+                             fused=True)
+
+
+def choose_kernels(model, config, settings, resumed, process):
+    """Layers that Triton computes, as settings.kernels says: the choice of one process, or of the checkpoint that goes
+    on, holds for all."""
+    dtype = getattr(torch, settings.dtype)
+    clips = settings.batch_size // process.world // settings.accumulate
+    if settings.kernels == 'auto' and resumed:
+        settings.kernels = resumed['settings'].get('kernels', 'torch')
+    elif settings.kernels in ('auto', 'torch', 'triton'):
+        try:
+            choice, reasons = triton_kernels.choose(settings.kernels if process.is_main else 'torch',
+                                                    kernel_shapes(config, clips), process.device, dtype)
+        except ValueError as error:
+            raise configurator.ConfigError(str(error)) from None
+        if len(set(reasons.values())) > 1:                                  # else no kernel was tried, for one reason
+            for name, reason in reasons.items():
+                process.print(f'{name} by {"Triton" if choice[name] == "triton" else "PyTorch"}: {reason}')
+        choice = process.gather(choice)[0]
+        settings.kernels = ','.join(name for name in choice if choice[name] == 'triton') or 'torch'
+    names = data.words(settings.kernels)
+    if names != ['torch']:
+        wrong = [name for name in names if name not in triton_kernels.EXPRESSIONS]
+        missing = f'{wrong[0]} is no kernel' if wrong else triton_kernels.unusable(process.device)
+        if missing:
+            raise configurator.ConfigError(f'kernels = {settings.kernels!r}, but {missing}: write --kernels=torch')
+    use_kernels(model, names)
 
 
 def training_clips(settings, process):
@@ -205,10 +235,12 @@ def train(settings):
                   f'{n_kept(math.prod(config.grid), config.mask_ratio)} of them kept by each '
                   f'of {config.n_students} students')
     optimizer = make_optimizer(model, settings, process)
-    first = 0
+    first, resumed = 0, None
     if resuming:
-        first = runtime.resume(settings.out_dir, model, optimizer, dataclasses.asdict(config), input_info, settings,
-                               FREE_SETTINGS, process)['step']
+        resumed = runtime.resume(settings.out_dir, model, optimizer, dataclasses.asdict(config), input_info, settings,
+                                 FREE_SETTINGS, process)
+        first = resumed['step']
+    choose_kernels(model, config, settings, resumed, process)
     network = runtime.distribute(model, process)
     if settings.compile and runtime.can_compile(process):
         network.compile()
@@ -220,7 +252,23 @@ def train(settings):
     log = runtime.Log(settings.out_dir, process, first if resuming else None)
     log.write(start=first, settings=vars(settings), **runtime.provenance(process), time=time.time())
     stop, clock = runtime.Stop(process), runtime.Clock(first, settings.max_steps)
-    bad_steps, measures, done = 0, {}, first
+    bad_steps, measures, done = torch.zeros((), device=process.device), {}, first
+    late = runtime.Late(process)
+
+    def settle(done, names, is_logged, values):
+        """What the numbers of a step say, once they are here."""
+        values = dict(zip(names, values))
+        in_a_row = int(values.pop('bad_steps'))
+        if in_a_row:
+            process.print(f'warning: step {done} has a gradient that is not finite; skipped ({in_a_row} in a row)')
+            log.write(step=done, skipped_in_a_row=in_a_row)
+        if in_a_row >= settings.max_bad_steps:
+            shown = [batches.order.at((done - 1) * settings.batch_size + place) for place in list(places)[:8]]
+            raise runtime.RunError(f'{in_a_row} steps in a row were not finite; '
+                                   f'the last saw {", ".join(clips.select(shown).keys())}, ...; lower lr, '
+                                   f'or look at these clips; {settings.out_dir} holds the last checkpoint')
+        if is_logged:
+            report(done, values, settings, process, log, clock)
 
     def save():
         if process.is_main:
@@ -242,34 +290,31 @@ def train(settings):
 
         measures = forward_backward(network, spec, mask, noise, settings, autocast)
         measures['grad_norm'] = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
-        finite = bool(torch.isfinite(measures['grad_norm']))        # the same on every process: gradients are averaged
-        if finite:
-            optimizer.step()
-            model.update_teacher(ema_decay_at(step, settings))
+        is_bad = ~torch.isfinite(measures['grad_norm'])             # the same on every process: gradients are averaged
+        optimizer.found_inf = is_bad.float()                        # the fused AdamW leaves everything as it is, if so
+        optimizer.step()
+        model.update_teacher(ema_decay_at(step, settings))
         optimizer.zero_grad(set_to_none=True)
-        bad_steps = 0 if finite else bad_steps + 1
+        measures['bad_steps'] = bad_steps = (bad_steps + 1) * is_bad
         done = step + 1
-        if not finite:
-            process.print(f'warning: step {done} has a gradient that is not finite; skipped ({bad_steps} in a row)')
-            log.write(step=done, skipped_in_a_row=bad_steps)
-            if bad_steps >= settings.max_bad_steps:
-                shown = [batches.order.at(step * settings.batch_size + place) for place in list(places)[:8]]
-                raise runtime.RunError(f'{bad_steps} steps in a row were not finite; '
-                                       f'the last saw {", ".join(clips.select(shown).keys())}, ...; lower lr, '
-                                       f'or look at these clips; {settings.out_dir} holds the last checkpoint')
 
-        if done % settings.log_interval == 0 or done == settings.max_steps:
-            report(done, measures, step, settings, process, log, clock)
         last = done == settings.max_steps
-        if labelled and (last or settings.eval_interval and done % settings.eval_interval == 0):
+        evaluating = labelled and (last or settings.eval_interval and done % settings.eval_interval == 0)
+        is_logged, stopping = last or done % settings.log_interval == 0, stop.agreed()
+        saving = last or stopping or done % settings.save_interval == 0
+        values = torch.stack([value.float() for value in measures.values()])
+        if is_logged:
+            values = process.mean(values)                           # of the accumulated parts, now of the processes
+        for item, numbers in late.swap((done, list(measures), is_logged), values, wait=evaluating or saving):
+            settle(*item, numbers)
+        if evaluating:
             scores = monitor(model, labelled, settings, config, process, autocast)
             measures.update(scores)
             process.print(f'step {done:,}: kNN accuracy on {settings.eval_dataset} (chance {scores["chance"]:.1%}): '
                           f'CLS {scores["knn_cls"]:.1%}, patches {scores["knn_patches"]:.1%}; '
                           f'effective rank {scores["effective_rank"]:.1f} of {config.n_embd}')
             log.write(step=done, **scores)
-        stopping = stop.agreed()
-        if last or stopping or done % settings.save_interval == 0:
+        if saving:
             save()
         if stopping and not last:
             process.print(f'stopped after step {done:,} and saved; to go on, run the same command with --resume')
@@ -289,13 +334,10 @@ def check_targets(target_std, settings, process):
                       'raise ema_start')
 
 
-def report(done, measures, step, settings, process, log, clock):
+def report(done, values, settings, process, log, clock):
     """One line to the terminal and to log.jsonl: means over the accumulated parts and processes. (Losses and the
     gradient are those of the whole batch; standard deviations and the explained share are means over the parts.)"""
-    values = process.mean(torch.stack([torch.as_tensor(value, dtype=torch.float32)
-                                       for value in measures.values()])).tolist()
-    values = dict(zip(measures, values))
-    values.update(step=done, lr=lr_at(step, settings), ema=ema_decay_at(step, settings))
+    values = {**values, 'step': done, 'lr': lr_at(done - 1, settings), 'ema': ema_decay_at(done - 1, settings)}
     check_targets(values['target_std'], settings, process)
     speed, weight = clock.per_second(done, settings.batch_size), settings.alpha * settings.utterance_scale
     process.print(f'step {done:,}/{settings.max_steps:,}  loss {values["loss"]:.3f} = frame {values["frame"]:.3f} + '

@@ -210,6 +210,30 @@ class Stop:
         return answer is not None and bool(answer)
 
 
+class Late:
+    """Numbers of a step, read a step late from a GPU, so that it never waits for Python; at once from a CPU."""
+
+    def __init__(self, process):
+        self.process, self.pending = process, []
+
+    def swap(self, item, values, wait=False):
+        """Take an item with its values (n,), a tensor on the device -> [(earlier item, its numbers)] that have arrived;
+        with wait, this one too."""
+        on_gpu = self.process.device.type == 'cuda'
+        arrived = None
+        if on_gpu:
+            values = values.to('cpu', non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self.pending.append((item, values, arrived))
+        keep = 1 if on_gpu and not wait else 0
+        ready, self.pending = self.pending[:len(self.pending) - keep], self.pending[len(self.pending) - keep:]
+        for _, _, arrived in ready:
+            if arrived:
+                arrived.synchronize()
+        return [(item, values.tolist()) for item, values, _ in ready]
+
+
 # ---------------------------------------------------------------------------------------------------------- checkpoints
 
 def check_out_dir(out_dir, resume, overwrite):

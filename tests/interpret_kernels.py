@@ -1,0 +1,144 @@
+"""The Triton kernels on a CPU, in Triton's interpreter, against the plain expressions in float64.
+
+TRITON_INTERPRET=1 python tests/interpret_kernels.py; tests/test_kernels.py runs it so, in a process of its own, since
+Triton reads that variable when it is imported. Prints one line per case; a wrong one ends with a traceback.
+"""
+import os
+import sys
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import kernels  # noqa: E402
+
+# V, rows, columns, D, groups; then B, N, h, d, lambda, norm
+CONV = [(3, 5, 3, 48, 4), (2, 7, 8, 96, 2), (1, 4, 5, 80, 1), (20, 13, 8, 8, 1)]
+ATTENTION = [(2, 7, 2, 8, 0.3, True), (1, 13, 3, 16, 0.3, False), (2, 33, 2, 24, 0.3, True), (1, 65, 1, 64, 0.5, True),
+             (1, 101, 2, 96, 0.3, True), (1, 101, 1, 96, 0.3, False)]
+
+
+def correct_bfloat16():
+    """The interpreter multiplies bfloat16's bits as if they were integers, and cuts numbers off instead of rounding
+    them. A card does neither."""
+    plain_dot, plain_cast = interpreter.InterpreterBuilder.create_dot, interpreter.InterpreterBuilder.cast_impl
+
+    def widened(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def dot(self, a, b, *rest):
+        return plain_dot(self, widened(a), widened(b), *rest)
+
+    def cast(self, x, to):
+        if (x.dtype.scalar, to.scalar) != (tl.float32, tl.bfloat16):
+            return plain_cast(self, x, to)
+        bits = np.ascontiguousarray(x.data).view(np.uint32)
+        return interpreter.TensorHandle(((bits + 0x7fff + (bits >> 16 & 1)) >> 16).astype(np.uint16), to.scalar)
+    # every cast of the interpreter goes through cast_impl
+    interpreter.InterpreterBuilder.create_dot, interpreter.InterpreterBuilder.cast_impl = dot, cast
+
+
+def compare(name, shape, dtype):
+    """Value and all gradients: float32 to 1e-5, bfloat16 within 1.5 times the plain expression's own error."""
+    plain, kernel = kernels.EXPRESSIONS[name]
+    data, parameters, others, grad = kernels.trial(name, shape, 'cpu')
+    exact = kernels.results(plain, [x.double().requires_grad_() for x in data + parameters], others, grad.double(),
+                            torch.float32)
+    tensors = [x.to(dtype).requires_grad_() for x in data] + [x.requires_grad_() for x in parameters]
+    found = kernels.results(kernel, tensors, others, grad, dtype)
+    assert found[0].dtype == dtype and all(g.dtype == x.dtype for g, x in zip(found[1:], tensors))
+    usual = kernels.results(plain, tensors, others, grad, dtype)
+    off, off_usual = [[((a - b).norm() / b.norm()).item() for a, b in zip(x, exact)] for x in (found, usual)]
+    print(name, shape, dtype, *(f'{e:.1e}' for e in off), 'plain', *(f'{e:.1e}' for e in off_usual))
+    for e, plain_error in zip(off, off_usual):
+        assert e <= (1e-5 if dtype == torch.float32 else max(1.5 * plain_error, 1e-5)), (e, plain_error)
+
+
+def autocast():
+    """Float32 parameters and data under autocast: computed in bfloat16, gradients in float32 where the leaf is."""
+    data, parameters, others, grad = kernels.trial('conv', (2, 5, 3, 48, 4), 'cpu')
+    leaves = [x.requires_grad_() for x in data + parameters]
+    y, *gradients = kernels.results(kernels.grouped_conv, leaves, others, grad, torch.bfloat16)
+    assert y.dtype == torch.bfloat16 and all(g.dtype == torch.float32 for g in gradients)
+    data, _, others, grad = kernels.trial('attention', (1, 7, 2, 8, 0.3, True), 'cpu')
+    y, *gradients = kernels.results(kernels.diff_attention, [x.requires_grad_() for x in data], others, grad,
+                                    torch.bfloat16)
+    assert y.dtype == torch.bfloat16 and all(g.dtype == torch.float32 for g in gradients)
+
+
+def strided():
+    """Inputs that are views of something larger, and a gradient that is one expanded number."""
+    def of_views(conv, attention, wide, twice, v):
+        weight, bias = torch.ones(16, 4, 3, 3).cumsum(0) / 16, torch.ones(16)
+        return conv(wide[..., ::2], weight, bias, 4).sum() + attention(twice[:, :, 64:], v, 2, 0.3, False).sum()
+    leaves = [torch.randn(size).requires_grad_() for size in ((2, 5, 3, 32), (2, 7, 128), (2, 7, 16))]
+    values = [of_views(*(pair[i] for pair in kernels.EXPRESSIONS.values()), *leaves) for i in (0, 1)]
+    torch.testing.assert_close(*values)
+    for a, b in zip(*(torch.autograd.grad(value, leaves) for value in values)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def extremes():
+    """Scores so low that exp of their negative overflows: places beyond the last key must not turn into nan."""
+    torch.manual_seed(0)
+    qk, v = torch.randn(1, 7, 64), torch.randn(1, 7, 16)
+    qk[:, :, :32] += 20
+    qk[:, :, 32:] -= 20
+    leaves = qk.requires_grad_(), v.requires_grad_()
+    plain, kernel = [kernels.results(f, leaves, (2, 0.3, True), torch.ones(1, 7, 16).cumsum(2), torch.float32)
+                     for f in kernels.EXPRESSIONS['attention']]
+    for a, b in zip(plain, kernel):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+def operators():
+    """What PyTorch asks of an operator (schema, fake tensors, gradients), and tracing by torch.compile."""
+    x, weight, bias = torch.randn(2, 3, 5, 32), torch.randn(32, 8, 3, 3), torch.randn(32)
+    qk, v = torch.randn(2, 7, 64), torch.randn(2, 7, 16)
+    leaf = [t.clone().requires_grad_() for t in (x, weight, bias, qk, v)]
+    torch.library.opcheck(kernels.conv_op, (*leaf[:3], 4))
+    torch.library.opcheck(kernels.conv_op, (*leaf[:2], None, 4))
+    torch.library.opcheck(kernels.conv_weight_grad_op, (x, x, 4))
+    for norm in (True, False):
+        torch.library.opcheck(kernels.attention_op, (*leaf[3:], 2, 0.3, norm, 1e-5))
+        out, lse, rstd = kernels.attention_op(qk, v, 2, 0.3, norm, 1e-5)
+        torch.library.opcheck(kernels.attention_grad_op, (qk, v, out if norm else None, lse, rstd, v, 2, 0.3, norm))
+
+    def network(x, weight, bias, qk, v):
+        y = kernels.grouped_conv(x * 2, weight, bias, 4).relu().sum()
+        return y + kernels.diff_attention(qk, v, 2, 0.3).square().sum() * kernels.diff_attention(qk, v, 2, 0.3,
+                                                                                                 norm=False).sum()
+    compiled = torch.compile(network, backend='aot_eager', fullgraph=True)
+    for autocast in (False, True):
+        with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+            a, b = network(*leaf), compiled(*leaf)
+        torch.testing.assert_close(a, b)
+        for g, h in zip(torch.autograd.grad(a, leaf), torch.autograd.grad(b, leaf)):
+            torch.testing.assert_close(g, h)
+
+
+def choosing():
+    """The whole of kernels.choose with the real kernels."""
+    kernels.unusable = lambda device: None
+    kernels.diff_attention_fits = lambda N, d, dtype: True
+    shapes = {'conv': (1, 3, 3, 16, 2), 'attention': (1, 7, 1, 16, 0.3, True)}
+    choice, reasons = kernels.choose('triton', shapes, 'cpu', torch.bfloat16)
+    assert choice == {'conv': 'triton', 'attention': 'triton'}, reasons
+    choice, reasons = kernels.choose('auto', shapes, 'cpu', torch.float32)      # an interpreter is never faster
+    assert choice == {'conv': 'torch', 'attention': 'torch'} and all('ms' in r for r in reasons.values()), reasons
+
+
+if __name__ == '__main__':
+    torch.manual_seed(0)
+    correct_bfloat16()
+    for name, shapes in (('conv', CONV), ('attention', ATTENTION)):
+        for shape in shapes:
+            compare(name, shape, torch.float32)
+            compare(name, shape, torch.bfloat16)
+    for check in (autocast, strided, extremes, operators, choosing):
+        check()
+        print(check.__name__, 'ok')
