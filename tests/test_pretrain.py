@@ -4,13 +4,16 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import kernels
 import pretrain
 import runtime
 from configurator import configure
@@ -119,6 +122,73 @@ def test_accumulated_and_distributed_runs_equal_one_process(straight, data_dir, 
             torch.testing.assert_close(tensor, other, atol=2e-5, rtol=1e-4, msg=name)
 
 
+def test_two_launchers_are_one_run(straight, data_dir, tmp_path):
+    """torchrun once per node, as over a network, here twice on one machine: the same losses as one process."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', '--nproc_per_node=1', '--rdzv_id=1',
+               '--rdzv_backend=c10d', f'--rdzv_endpoint=127.0.0.1:{port}', 'pretrain.py', *RUN,
+               f'--data_dir={data_dir}', f'--out_dir={tmp_path}/nodes']
+    nodes = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                              env={**os.environ, 'OMP_NUM_THREADS': '1'}) for _ in range(2)]
+    said = [node.communicate(timeout=120)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert sum('step 6/6' in text for text in said) == 1                    # one of all processes speaks
+    for ours, theirs in zip(log_of(tmp_path / 'nodes'), log_of(straight), strict=True):
+        assert ours['loss'] == pytest.approx(theirs['loss'], rel=1e-5)
+
+
+def test_no_step_waits_for_the_device(data_dir, tmp_path, monkeypatch):
+    """Reading a tensor's number makes Python wait for a GPU. Six more steps must not read one number more."""
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero,
+                                           torch.ops.aten.equal, torch.ops.aten.masked_select):
+                Reads.count += 1
+            return function(*args, **(kwargs or {}))
+    monkeypatch.setattr(runtime.Late, 'swap', lambda self, item, values, wait=False: [])    # this one is a step late
+    counts = []
+    for steps in (6, 12):
+        Reads.count = 0
+        with Reads():
+            assert call(pretrain.run, *RUN, f'--max_steps={steps}', '--save_interval=100', f'--data_dir={data_dir}',
+                        f'--out_dir={tmp_path}/{steps}').code == 0
+        counts.append(Reads.count)
+    assert 0 < counts[0] == counts[1]                                       # some, in the checkpoint at the end
+
+
+def test_kernels_change_nothing_and_the_checkpoint_remembers_them(straight, data_dir, tmp_path, monkeypatch):
+    """The plain expressions in the kernels' place: the same run, with the layers that were chosen, after a stop too."""
+    used = set()
+
+    def noting(name):
+        def plain(*arguments):
+            used.add(name)
+            return kernels.EXPRESSIONS[name][0](*arguments)
+        return plain
+    monkeypatch.setattr(kernels, 'grouped_conv', noting('conv'))
+    monkeypatch.setattr(kernels, 'diff_attention', noting('attention'))
+    monkeypatch.setattr(kernels, 'diff_attention_fits', lambda N, d, dtype: N <= 7)         # 1 + 6 of 32 patches
+    monkeypatch.setattr(kernels, 'unusable', lambda device: None)
+    monkeypatch.setattr(kernels, 'examine', lambda name, *_: (None, 2.0, {'conv': 1.0, 'attention': 3.0}[name]))
+    base = [*RUN, f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out']
+    result = call(pretrain.run, *base, '--max_steps=3', '--warmup_steps=2')
+    assert result.code == 0 and used == {'conv'}, result.err
+    assert 'conv by Triton: forward and backward 1.00 ms' in result.out and 'attention by PyTorch' in result.out
+    assert weights_of(tmp_path / 'out')['settings']['kernels'] == 'conv'
+    used.clear()
+    monkeypatch.setattr(kernels, 'choose', None)                            # what goes on does not choose again
+    assert call(pretrain.run, *base, '--max_steps=4', '--resume').code == 0 and used == {'conv'}
+    result = call(pretrain.run, *RUN, f'--data_dir={data_dir}', f'--out_dir={tmp_path}/both',
+                  '--kernels=conv,attention')
+    assert result.code == 0 and used == {'conv', 'attention'}
+    for ours, theirs in zip(log_of(tmp_path / 'both'), log_of(straight), strict=True):
+        assert ours['loss'] == pytest.approx(theirs['loss'], rel=1e-5)
+
+
 def test_resuming_goes_on_with_the_very_same_run(straight, data_dir, tmp_path):
     out = str(tmp_path / 'resumed')
     shutil.copytree(straight, out)
@@ -186,6 +256,8 @@ def test_a_loss_that_stays_nan_stops_the_run_and_names_the_clips(data_dir, tmp_p
     (['--window=hann'], ['hann', 'hamming']), (['--device=tpu'], ['tpu']), (['--dtype=float8'], ['float8']),
     (['--leave_out=noises/5'], ['leave_out']), (['--max_steps=0'], ['max_steps']),
     (['--warmup_steps=6'], ['warmup_steps = 6']), (['--seed=-1'], ['seed']), (['--resume'], ['nothing to resume']),
+    (['--kernels=triton'], ['kernels = triton', 'CUDA']), (['--kernels=conv'], ['--kernels=torch']),
+    (['--kernels=fast'], ['fast is no kernel']),
     (['config/absent.py'], ['config/absent.py']), (['--mask_ratio=1.5'], ['mask_ratio']), (['--keep=0'], ['keep']),
     (['--ema_steps=0'], ['ema_steps']), (['--n_mels=64'], ['n_mels = 64']), (['--mask_adjust=-0.5'], ['mask_block']),
     (['--ffn_ratio=-1'], ['ffn_ratio']), (['--beta1=1.5'], ['beta1']), (['--norm_std=abc'], ['norm_std']),
