@@ -22,6 +22,10 @@ COMMANDS = [
     for line in block.splitlines()
     if line.strip() and not line.startswith('#')
 ]
+INLINE = [
+    ['python', *shlex.split(text)]
+    for text in re.findall(r'`((?:prepare|pretrain|finetune|eval|bench).py [^`]*)`', README)
+]
 DEMO = [command[2:] for command in COMMANDS if command[:3] == ['python', 'pretrain.py', 'config/demo.py']]
 SHORT = ['--max_steps=2', '--warmup_steps=1', '--batch_size=4', '--n_layer=1', '--eval_clips=60', '--threads=1']
 
@@ -42,7 +46,7 @@ def test_there_are_ten_hacks_and_both_first_commands():
     assert ['python', 'pretrain.py', 'config/demo.py'] in COMMANDS and ['python', '-m', 'pytest'] in COMMANDS
 
 
-@pytest.mark.parametrize('command', COMMANDS, ids=' '.join)
+@pytest.mark.parametrize('command', COMMANDS + INLINE, ids=' '.join)
 def test_every_option_and_config_exists(command):
     script = next((word for word in command if word.endswith('.py')), None)
     if script is None:
