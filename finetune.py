@@ -155,7 +155,7 @@ def make_optimizer(model, settings, process):
     process.print(f'AdamW: {count_parameters(model):,} parameters in {len(groups)} groups, learning rate scaled from '
                   f'{min(g["scale"] for g in groups.values()):.2g} to {max(g["scale"] for g in groups.values()):g}')
     return torch.optim.AdamW(groups.values(), lr=0.0, betas=(settings.beta1, settings.beta2), eps=1e-8,
-                             fused=process.device.type == 'cuda')
+                             fused=True)
 
 
 def lr_at(step, settings):
@@ -244,7 +244,21 @@ def train(settings, process):
     log = runtime.Log(settings.out_dir, process, first if resuming else None)
     log.write(start=first, settings=vars(settings), **runtime.provenance(process), time=time.time())
     stop, clock = runtime.Stop(process), runtime.Clock(first, settings.max_steps)
-    bad_steps, scores, done = 0, {}, first
+    bad_steps, scores, done = torch.zeros((), device=process.device), {}, first
+    late = runtime.Late(process)
+
+    def settle(done, is_logged, value, in_a_row):
+        """What the numbers of a step say, once they are here."""
+        if in_a_row:
+            process.print(f'warning: step {done} has a gradient that is not finite; skipped ({in_a_row:g} in a row)')
+        if in_a_row >= settings.max_bad_steps:
+            raise runtime.RunError(f'{in_a_row:g} steps in a row were not finite; lower lr; '
+                                   f'{settings.out_dir} holds the last checkpoint')
+        if is_logged:
+            rate = lr_at(done - 1, settings)
+            process.print(f'step {done:,}/{settings.max_steps:,}  loss {value:.4f}  lr {rate:.1e}  '
+                          f'{clock.per_second(done, settings.batch_size):.0f} clips/s  {clock.left(done)} left')
+            log.write(step=done, loss=value, lr=rate, time=time.time())
 
     def contents():
         return {'model': model.state_dict(), 'config': dataclasses.asdict(config), 'step': done,
@@ -262,24 +276,22 @@ def train(settings, process):
         batch = {name: value if name == 'noise_seed' else value.to(process.device, non_blocking=True)
                  for name, value in batch.items()}
         loss = forward_backward(network, batch, spectrum, settings, multi_label, process, autocast)
-        finite = bool(torch.isfinite(torch.nn.utils.get_total_norm(p.grad for p in model.parameters())))
-        if finite:
-            optimizer.step()
+        is_bad = ~torch.isfinite(torch.nn.utils.get_total_norm(p.grad for p in model.parameters()))
+        optimizer.found_inf = is_bad.float()                        # the fused AdamW leaves everything as it is, if so
+        optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        bad_steps = 0 if finite else bad_steps + 1
+        bad_steps = (bad_steps + 1) * is_bad
         done = step + 1
-        if not finite:
-            process.print(f'warning: step {done} has a gradient that is not finite; skipped ({bad_steps} in a row)')
-            if bad_steps >= settings.max_bad_steps:
-                raise runtime.RunError(f'{bad_steps} steps in a row were not finite; lower lr; '
-                                       f'{settings.out_dir} holds the last checkpoint')
+
         last = done == settings.max_steps
-        if last or done % settings.log_interval == 0:
-            value = float(process.mean(loss.clone())) * process.world
-            process.print(f'step {done:,}/{settings.max_steps:,}  loss {value:.4f}  lr {lr_at(step, settings):.1e}  '
-                          f'{clock.per_second(done, settings.batch_size):.0f} clips/s  {clock.left(done)} left')
-            log.write(step=done, loss=value, lr=lr_at(step, settings), time=time.time())
-        if len(valid) and (last or done % settings.eval_interval == 0):
+        evaluating = len(valid) and (last or done % settings.eval_interval == 0)
+        is_logged, stopping = last or done % settings.log_interval == 0, stop.agreed()
+        saving = last or stopping or done % settings.save_interval == 0
+        if is_logged:
+            loss = process.mean(loss.clone()) * process.world
+        for item, numbers in late.swap((done, is_logged), torch.stack([loss, bad_steps]), wait=evaluating or saving):
+            settle(*item, *numbers)
+        if evaluating:
             scores = evaluate(valid, 'validation')
             process.print(f'step {done:,}: validation {describe(scores)}')
             log.write(step=done, valid=scores)
@@ -288,8 +300,7 @@ def train(settings, process):
                 best = score
                 if process.is_main:
                     runtime.save_checkpoint(os.path.join(settings.out_dir, 'best.pt'), contents(), keep=1)
-        stopping = stop.agreed()
-        if process.is_main and (last or stopping or done % settings.save_interval == 0):
+        if process.is_main and saving:
             runtime.save_checkpoint(os.path.join(settings.out_dir, 'ckpt.pt'),
                                     {**contents(), 'optimizer': optimizer.state_dict()}, settings.keep)
         if stopping and not last:
