@@ -64,15 +64,16 @@ def settings_of(path, class_name=None):
     return found
 
 
-def configure(script, argv, dataclass=None):
+def configure(script, argv, *lenders):
     """Resolve a script's settings: defaults, then override files, then --key=value.
 
-    script: path of the script; argv: sys.argv[1:]; dataclass: (path, class name) whose fields are settings too.
+    script: path of the script; argv: sys.argv[1:]; lenders: (path, class name) of dataclasses whose fields are settings
+    too, (path,) of scripts whose settings are.
     -> Settings with one attribute per setting. Prints the list and exits for --help. Raises ConfigError.
     """
     known = settings_of(script)
-    if dataclass:
-        known = {**known, **settings_of(*dataclass), **known}               # the script's own default wins
+    for lender in lenders:
+        known = {**known, **settings_of(*lender), **known}                  # the script's own default wins
     if '--help' in argv or '-h' in argv:
         print_help(script, known)
         raise SystemExit(0)

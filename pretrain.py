@@ -202,6 +202,21 @@ def forward_backward(network, spec, mask, noise, settings, autocast):
     return totals
 
 
+def update(model, optimizer, step, settings):
+    """One update of student and teacher from the gradients -> their norm before clipping, a tensor on the device.
+
+    If that is not finite, which every process sees alike, the student stays as it is: without asking the device.
+    """
+    for group in optimizer.param_groups:
+        group['lr'] = lr_at(step, settings)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
+    optimizer.found_inf = (~norm.isfinite()).float()                        # the fused AdamW then changes nothing
+    optimizer.step()
+    model.update_teacher(ema_decay_at(step, settings))
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
 def mask_noise(settings, config, step, places, device):
     """(clips * n_students, P, D) N(0, mask_noise^2), for masked places, drawn for each clip's place."""
     shape = (config.n_students, math.prod(config.grid), config.n_embd)
@@ -279,8 +294,6 @@ def train(settings):
                 'input': input_info}, settings.keep)
 
     for step, batch in zip(range(first, settings.max_steps), loader):
-        for group in optimizer.param_groups:
-            group['lr'] = lr_at(step, settings)
         pcm, lengths = (batch[name].to(process.device, non_blocking=True) for name in ('pcm', 'lengths'))
         spec = data.log_mel(pcm, lengths, config.frames, settings.window, mean, std)         # (clips, frames, 128)
         mask = data.block_masks(settings.batch_size, config.n_students, config.grid, config.mask_ratio,
@@ -289,13 +302,8 @@ def train(settings):
         noise = mask_noise(settings, config, step, places, process.device)
 
         measures = forward_backward(network, spec, mask, noise, settings, autocast)
-        measures['grad_norm'] = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
-        is_bad = ~torch.isfinite(measures['grad_norm'])             # the same on every process: gradients are averaged
-        optimizer.found_inf = is_bad.float()                        # the fused AdamW leaves everything as it is, if so
-        optimizer.step()
-        model.update_teacher(ema_decay_at(step, settings))
-        optimizer.zero_grad(set_to_none=True)
-        measures['bad_steps'] = bad_steps = (bad_steps + 1) * is_bad
+        measures['grad_norm'] = update(model, optimizer, step, settings)
+        measures['bad_steps'] = bad_steps = (bad_steps + 1) * ~measures['grad_norm'].isfinite()
         done = step + 1
 
         last = done == settings.max_steps

@@ -198,7 +198,8 @@ def test_multi_label_sets_use_bce_and_map(data_dir, pretrained, tmp_path):
     (['--ckpt={ckpt}', '--fold=all'], ['no folds']), (['--ckpt={ckpt}', '--accumulate=3'], ['accumulate = 3']),
     (['--ckpt={ckpt}', '--labels_per_class=99'], ['labels_per_class = 99']),
     (['--ckpt={ckpt}', '--loss=mse'], ['mse']), (['--ckpt={ckpt}', '--drop_path=1'], ['drop_path']),
-    (['--ckpt={ckpt}', '--validation_part=0.001'], ['validation']), (['--ckpt={ckpt}', '--input_mask=2'], ['input_mask'])])
+    (['--ckpt={ckpt}', '--validation_part=0.001'], ['validation']),
+    (['--ckpt={ckpt}', '--input_mask=2'], ['input_mask'])])
 def test_refusals_at_the_start(data_dir, pretrained, tmp_path, monkeypatch, argv, words):
     monkeypatch.chdir(ROOT)
     argv = [argument.format(ckpt=pretrained) for argument in argv]
