@@ -8,7 +8,8 @@
 
 Settings are the names below, those of pretrain.py and the fields of model.ASDAConfig, so that its config files serve as
 they are. Clips are synthetic unless --dataset names prepared sets: the sets of a config file are not read. Every time
-is the median of several calls, each waited for, after some that warm up; what is compared is called in turn.
+is the median of several calls, each waited for, after some that warm up; what is compared is called in turn. Where
+other processes keep cores busy (the `load` in the table), threads wait for each other: give --threads=1.
 """
 import dataclasses
 import itertools
@@ -371,8 +372,8 @@ def measure_baseline(bench):
     it, from the same kind of spectrograms; and the spectrograms of a batch as they and as we make them."""
     settings, config, process = bench.settings.but(dataset=''), bench.config, bench.process
     plain = dataclasses.replace(bench, settings=settings.but(compile=False, kernels='torch'),
-                                autocast=precision(process, 'float32')[0])
-    auto = dataclasses.replace(bench, settings=settings, autocast=precision(process, 'auto')[0])
+                                autocast=runtime.autocast(process, 'float32')[0])
+    auto = dataclasses.replace(bench, settings=settings, autocast=runtime.autocast(process, 'auto', config.n_embd)[0])
     try:
         model = authors.Arrangement(config).to(process.device)
     except ValueError as error:
@@ -428,9 +429,6 @@ def print_table(where, figures):
             print(f'  {name.replace("_", " "):<44}{shown:>10}   {TARGETS.get(name, "")}'.rstrip())
 
 
-def precision(process, dtype):
-    """The one place that asks for a precision -> a context maker and its name"""
-    return runtime.autocast(process, dtype)
 
 
 def configure(argv):
@@ -468,10 +466,11 @@ def run(argv):
     settings = configure(argv)
     process = runtime.start(settings.device, settings.threads, settings.deterministic)
     sections, config = check(settings, process), pretrain.model_config(settings)
-    autocast, settings.dtype = precision(process, settings.dtype)
+    autocast, settings.dtype = runtime.autocast(process, settings.dtype, config.n_embd)
     bench, figures = Bench(settings, config, process, autocast), {}
     provenance = runtime.provenance(process)
     where = {'device': device_name(process), 'cores': cores(), 'threads': provenance['threads'],
+             'load': round(os.getloadavg()[0], 1),                          # other processes slow this one down
              'torch': provenance['torch'], 'dtype': settings.dtype, 'compile': settings.compile,
              'batch_size': settings.batch_size, 'clips': settings.dataset or 'synthetic',
              'commit': provenance['commit']}

@@ -68,7 +68,8 @@ log_interval = 20               # updates between two lines of the log
 save_interval = 200             # updates between two checkpoints
 keep = 2                        # checkpoints to keep, beside the best
 device = 'auto'                 # cuda, mps or cpu; auto: the best there is
-dtype = 'auto'                  # float32 or bfloat16 (autocast); auto: bfloat16 on a GPU that has it
+dtype = 'auto'                  # float32 or bfloat16 (autocast); auto: bfloat16 where the hardware has it, but
+                                # not for tiny models on a CPU
 compile = False                 # torch.compile
 workers = 2                     # processes that read clips ahead; 0: none
 threads = 0                     # CPU threads of one process; 0: PyTorch's choice
@@ -217,7 +218,7 @@ def train(settings, process):
     spectrum = {'frames': config.frames, 'window': window, 'mean': mean, 'std': std, 'repeat': repeat}
     input_info = {'window': window, 'mean': mean, 'std': std, 'repeat': repeat,
                   'fingerprint': train_clips.fingerprint()}
-    autocast, settings.dtype = runtime.autocast(process, settings.dtype)
+    autocast, settings.dtype = runtime.autocast(process, settings.dtype, config.n_embd)
     settings.device = process.device.type                                   # as it is, for the checkpoint
     process.print(f'{configurator.show(settings, leave_out=dataclasses.asdict(config))}\n{config}')
     process.print(f'{len(train_clips):,} training, {len(valid):,} validation, {len(test):,} test clips; '

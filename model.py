@@ -92,6 +92,7 @@ class ASDAConfig:
 
 
 MAX_FRAMES = 768 * 16       # the authors' grid of positions has 768 rows of 16 frames, a little over two minutes
+MAX_MAP = 1024              # tokens whose attention maps may be held in memory, instead of computed in pieces
 NORM_EPS = 1e-6             # LayerNorm of the encoder
 TARGET_EPS = 1e-5           # normalisations of the targets, of the attention's result and in the decoder
 
@@ -159,12 +160,15 @@ class DiffAttention(nn.Module):
         h, d = self.config.n_head, D // self.config.n_head
         q, k = qk.view(B, N, 2, self.maps * h, d).permute(2, 0, 3, 1, 4)    # (B, maps * h, N, d) each
         v = v.view(B, N, h, d).transpose(1, 2)                              # (B, h, N, d)
-        if self.maps == 2:
-            v = torch.cat([v, v], dim=1)                                    # both maps weigh the same values
-        y = F.scaled_dot_product_attention(q, k, v)                         # (B, maps * h, N, d)
-        if self.maps == 2:
-            y1, y2 = y.chunk(2, dim=1)
-            y = y1 - self.config.diff_lambda * y2                           # (A1 - lambda A2) V = A1 V - lambda A2 V
+        if v.device.type == 'cpu' and N <= MAX_MAP:                         # faster there than one fused call
+            maps = (q / math.sqrt(d) @ k.transpose(2, 3)).softmax(dim=3)    # (B, maps * h, N, N)
+            if self.maps == 2:
+                maps = maps[:, :h] - self.config.diff_lambda * maps[:, h:]
+            y = maps @ v                                                    # (B, h, N, d)
+        else:
+            y = F.scaled_dot_product_attention(q, k, torch.cat([v] * self.maps, dim=1))     # (B, maps * h, N, d)
+            if self.maps == 2:
+                y = y[:, :h] - self.config.diff_lambda * y[:, h:]           # (A1 - lambda A2) V = A1 V - lambda A2 V
         y = y.transpose(1, 2)                                               # (B, N, h, d)
         if self.config.head_norm == 'per_head':
             y = F.layer_norm(y, (d,), eps=TARGET_EPS)

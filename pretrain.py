@@ -58,7 +58,8 @@ log_interval = 10               # updates between two lines of the log
 save_interval = 1000            # updates between two checkpoints
 keep = 2                        # checkpoints to keep
 device = 'auto'                 # cuda, mps or cpu; auto: the best there is
-dtype = 'auto'                  # float32 or bfloat16 (autocast); auto: bfloat16 on a GPU that has it
+dtype = 'auto'                  # float32 or bfloat16 (autocast); auto: bfloat16 where the hardware has it, but
+                                # not for tiny models on a CPU
 compile = False                 # torch.compile
 kernels = 'auto'                # Triton kernels: auto (on a GPU those that are right and faster), torch (none),
                                 # triton (all), or a list of conv and attention
@@ -238,7 +239,7 @@ def train(settings):
     join = settings.short_clips == 'join'
     input_info = {'window': settings.window, 'mean': mean, 'std': std, 'repeat': join,
                   'fingerprint': clips.fingerprint()}
-    autocast, settings.dtype = runtime.autocast(process, settings.dtype)
+    autocast, settings.dtype = runtime.autocast(process, settings.dtype, config.n_embd)
     settings.device = process.device.type                                   # as it is, for the checkpoint
     process.print(configurator.show(settings))
     process.print(f'{len(clips):,} clips, {clips.length.sum() / data.SAMPLE_RATE / 3600:.2f} hours, '

@@ -91,6 +91,7 @@ def test_attention_equals_the_equations(head_norm, diff_lambda):
 
 @pytest.mark.parametrize('diff_lambda, maps', [(0.0, 1), (0.3, 2)])
 def test_one_call_with_one_softmax_per_map(monkeypatch, diff_lambda, maps):
+    monkeypatch.setattr(model_module, 'MAX_MAP', 0)                           # as on a GPU, and on long inputs
     shapes = []
     original = F.scaled_dot_product_attention
     monkeypatch.setattr(F, 'scaled_dot_product_attention',
@@ -99,6 +100,20 @@ def test_one_call_with_one_softmax_per_map(monkeypatch, diff_lambda, maps):
     module(torch.randn(2, 7, 32))
     assert shapes == [((2, 4 * maps, 7, 8),) * 3]
     assert module.qk.weight.shape == (2 * maps * 32, 32)                    # lambda 0 builds no Q2 and K2
+
+
+@pytest.mark.parametrize('diff_lambda', [0.0, 0.3])
+@pytest.mark.parametrize('head_norm', ['per_head', 'all', 'none'])
+def test_maps_in_memory_equal_the_fused_call(monkeypatch, head_norm, diff_lambda):
+    module = random_attention(variant(head_norm=head_norm, diff_lambda=diff_lambda))
+    x, results = torch.randn(2, 9, 32, dtype=torch.float64), []
+    for limit in (0, 9):
+        monkeypatch.setattr(model_module, 'MAX_MAP', limit)
+        leaf = x.clone().requires_grad_()
+        y = module(leaf)
+        y.square().sum().backward()
+        results.append((y, leaf.grad))
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
 
 
 # -------------------------------------------------------------------------------------------------------------- encoder
