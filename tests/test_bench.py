@@ -131,7 +131,7 @@ def test_flops_are_those_that_pytorch_counts(changes, monkeypatch):
     monkeypatch.setattr(model_file, 'masked_variance', lambda x, weight: x.flatten(0, -2).var(dim=0), raising=False)
     config = ASDAConfig(**{**SMALL, **changes, 'decoder_groups': 1})
     parts = bench.flops(config)
-    model, (spec, mask, noise) = ASDA(config), inputs(config, torch.float32)
+    model, (spec, mask, noise) = ASDA(config).double(), inputs(config, torch.float64)      # Linear as a product
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:      # whose attention is matmuls
         model(spec, mask, noise)[0].backward()
     counted = {}
@@ -148,7 +148,7 @@ def test_flops_are_those_that_pytorch_counts(changes, monkeypatch):
 
 def test_flops_of_grouped_convolutions():
     config = ASDAConfig(**SMALL)
-    model, (spec, mask, noise) = ASDA(config), inputs(config, torch.float32)
+    model, (spec, mask, noise) = ASDA(config).double(), inputs(config, torch.float64)      # Linear as a product
     with FlopCounterMode(display=False) as counter:
         model(spec, mask, noise)
     counted = counter.get_flop_counts()['Global'][torch.ops.aten.convolution]

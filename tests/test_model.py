@@ -16,6 +16,7 @@ from model import (
     Classifier,
     DiffAttention,
     Encoder,
+    Linear,
     count_parameters,
     n_kept,
     position_table,
@@ -100,6 +101,24 @@ def test_one_call_with_one_softmax_per_map(monkeypatch, diff_lambda, maps):
     module(torch.randn(2, 7, 32))
     assert shapes == [((2, 4 * maps, 7, 8),) * 3]
     assert module.qk.weight.shape == (2 * maps * 32, 32)                    # lambda 0 builds no Q2 and K2
+
+
+@pytest.mark.parametrize('shape', [(3, 24), (2, 5, 24), (2, 1, 3, 24)])
+def test_linear_as_a_convolution_is_linear(shape):
+    torch.manual_seed(0)
+    ours, plain = Linear(24, 40), torch.nn.Linear(24, 40)
+    plain.load_state_dict(ours.state_dict())
+    x = torch.randn(shape)
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    results = [module(leaf) for module, leaf in zip((ours, plain), leaves)]
+    torch.testing.assert_close(*results)
+    for y in results:
+        y.square().sum().backward()
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad, rtol=1e-5, atol=1e-4)
+    for p, q in zip(ours.parameters(), plain.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-4)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert ours(x).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize('diff_lambda', [0.0, 0.3])
