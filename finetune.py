@@ -270,12 +270,10 @@ def train(settings, process):
         return metrics(predict(model, clips, spectrum, process, autocast, title=title),
                        clips.targets(np.arange(len(clips))), multi_label)[0]
 
-    for step, batch in zip(range(first, settings.max_steps), loader):
+    for step, batch in zip(range(first, settings.max_steps), runtime.ahead(loader, process, stay=('noise_seed',))):
         for group in optimizer.param_groups:
             group['lr'] = lr_at(step, settings) * group['scale']
         model.train()
-        batch = {name: value if name == 'noise_seed' else value.to(process.device, non_blocking=True)
-                 for name, value in batch.items()}
         loss = forward_backward(network, batch, spectrum, settings, multi_label, process, autocast)
         is_bad = ~torch.isfinite(torch.nn.utils.get_total_norm(p.grad for p in model.parameters()))
         optimizer.found_inf = is_bad.float()                        # the fused AdamW leaves everything as it is, if so

@@ -294,9 +294,8 @@ def train(settings):
                 'metrics': {name: float(value) for name, value in measures.items()},
                 'input': input_info}, settings.keep)
 
-    for step, batch in zip(range(first, settings.max_steps), loader):
-        pcm, lengths = (batch[name].to(process.device, non_blocking=True) for name in ('pcm', 'lengths'))
-        spec = data.log_mel(pcm, lengths, config.frames, settings.window, mean, std)         # (clips, frames, 128)
+    for step, batch in zip(range(first, settings.max_steps), runtime.ahead(loader, process)):
+        spec = data.log_mel(batch['pcm'], batch['lengths'], config.frames, settings.window, mean, std)
         mask = data.block_masks(settings.batch_size, config.n_students, config.grid, config.mask_ratio,
                                 config.mask_block, data.torch_random(process.device, settings.seed, 'mask', step),
                                 config.mask_adjust)[places.start:places.stop]

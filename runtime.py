@@ -225,6 +225,33 @@ class Stop:
         return answer is not None and bool(answer)
 
 
+def ahead(batches, process, stay=()):
+    """Yield dictionaries of tensors on the device, each copied there while the step before it runs; those named in stay
+    do not move."""
+    def copied(batch):
+        return {name: value if name in stay else value.to(process.device, non_blocking=True)
+                for name, value in batch.items()}
+    if process.device.type != 'cuda':
+        yield from map(copied, batches)
+        return
+    beside, waiting = torch.cuda.Stream(), []
+
+    def arrived(batch):
+        here = torch.cuda.current_stream()
+        here.wait_stream(beside)                                            # the device waits, not Python
+        for value in batch.values():
+            if value.is_cuda:
+                value.record_stream(here)                                   # its memory is not given away before use
+        return batch
+    for batch in batches:
+        with torch.cuda.stream(beside):
+            waiting.append(copied(batch))
+        if len(waiting) == 2:
+            yield arrived(waiting.pop(0))
+    for batch in waiting:
+        yield arrived(batch)
+
+
 class Late:
     """Numbers of a step, read a step late from a GPU, so that it never waits for Python; at once from a CPU."""
 
