@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=4 pretrain.py config/as2m.py
 
-What it costs: 796,722 updates of 48 clips x 16 students, about 4.4e19 floating-point operations by count, 1.14e12 a
+What it costs: 796,722 updates of 48 clips x 16 students, about 4.5e19 floating-point operations by count, 1.17e12 a
 clip. The data take 612 GB as packed 16-bit PCM. Time: not measured by us with this code; the
 authors' code reaches 90 clips/s on one H100, which is 118 hours for the 38 million clips. What to expect: 49.0 mAP on
 AudioSet and 41.5 on its balanced part after fine-tuning (the paper's Table 1); we have not run it to the end.
