@@ -163,11 +163,19 @@ def autocast(process, dtype, width=0):
         if process.device.type == 'cuda':
             gains = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
-            gains = process.device.type == 'cpu' and width >= MIN_WIDTH and torch.cpu._is_avx512_bf16_supported()
+            gains = process.device.type == 'cpu' and width >= MIN_WIDTH and cpu_has_bfloat16()
         dtype = 'bfloat16' if gains else 'float32'
     if dtype == 'float32':
         return contextlib.nullcontext, dtype
     return lambda: torch.autocast(process.device.type, torch.bfloat16), dtype
+
+
+def cpu_has_bfloat16():
+    """Whether the processor multiplies bfloat16 numbers itself; elsewhere they are only slower."""
+    try:
+        return torch.cpu._is_avx512_bf16_supported()
+    except AttributeError:                                                  # another kind of processor
+        return False
 
 
 def can_compile(process):
