@@ -311,8 +311,8 @@ def test_without_a_compiler_there_is_a_line_and_no_compilation(data_dir, tmp_pat
     assert result.code == 0 and result.out.count('warning: torch.compile does not work here (no compiler)') == 1
 
 
-@pytest.mark.parametrize('width, has_it, wanted', [(768, True, 'bfloat16'), (128, True, 'bfloat16'), (64, True, 'float32'),
-                                                  (768, False, 'float32')])
+@pytest.mark.parametrize('width, has_it, wanted', [(768, True, 'bfloat16'), (128, True, 'bfloat16'),
+                                                  (64, True, 'float32'), (768, False, 'float32')])
 def test_precision_that_auto_chooses_on_a_cpu(monkeypatch, width, has_it, wanted):
     monkeypatch.setattr(runtime, 'cpu_has_bfloat16', lambda: has_it)
     process = runtime.Process(0, 1, torch.device('cpu'))
