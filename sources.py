@@ -31,7 +31,8 @@ import runtime
 from data import SAMPLE_RATE, WINDOW_SAMPLES, DataError
 
 MAX_FILE_BYTES = 1 << 30                            # no audio file of a set is larger
-MAX_ARCHIVE_RATIO = 100                             # a compressed tar that grows more than this is hostile
+MAX_ARCHIVE_RATIO = 100                             # what grows more than this when it is decompressed is hostile ...
+HARMLESS_BYTES = 32 << 20                           # ... if it grows to more than this: silence compresses well
 MIN_RATE, MAX_RATE = 1000, 768000                   # Hz
 ARCHIVE_ERRORS = (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError)
 AUDIO_SUFFIXES = ('.wav', '.flac', '.ogg', '.oga', '.opus', '.mp3', '.aif', '.aiff', '.au', '.w64', '.caf',
@@ -172,15 +173,19 @@ def open_zip(path, modified):
 def read_bytes(place):
     """The bytes of one file, at most MAX_FILE_BYTES whatever a header says. Raises ValueError if there are more."""
     kind, path = place[:2]
-    if kind == 'tar':
-        with open(path, 'rb') as f:
-            f.seek(place[2])
-            content = f.read(min(place[3], MAX_FILE_BYTES + 1))
+    limit = MAX_FILE_BYTES
+    if kind == 'zip':
+        archive = open_zip(path, os.stat(path).st_mtime_ns)
+        limit = min(limit, max(HARMLESS_BYTES, archive.getinfo(place[2]).compress_size * MAX_ARCHIVE_RATIO))
+        with archive.open(place[2]) as f:
+            content = f.read(limit + 1)
     else:
-        with open(path, 'rb') if kind == 'file' else open_zip(path, os.stat(path).st_mtime_ns).open(place[2]) as f:
-            content = f.read(MAX_FILE_BYTES + 1)
-    if len(content) > MAX_FILE_BYTES:
-        raise ValueError(f'larger than {MAX_FILE_BYTES >> 20} MiB')
+        with open(path, 'rb') as f:
+            f.seek(place[2] if kind == 'tar' else 0)
+            content = f.read(min(place[3], limit + 1) if kind == 'tar' else limit + 1)
+    if len(content) > limit:
+        raise ValueError(f'larger than {limit >> 20} MiB' if limit == MAX_FILE_BYTES else
+                         f'grows more than {MAX_ARCHIVE_RATIO} times when decompressed')
     return content
 
 

@@ -391,6 +391,11 @@ def test_bombs_are_refused(tmp_path, monkeypatch):
     assert run('folder', f'--source={zipped(tmp_path / "x.zip", files)}', f'--out_dir={tmp_path}/set',
                '--max_bad=0.5').code == 0
     assert 'larger than 1 MiB' in (tmp_path / 'set/skipped.tsv').read_text()
+    monkeypatch.setattr(sources, 'HARMLESS_BYTES', 1 << 19)                 # by ratio: a zip grows a thousand times
+    monkeypatch.setattr(sources, 'MAX_FILE_BYTES', 1 << 30)
+    assert run('folder', f'--source={tmp_path}/x.zip', f'--out_dir={tmp_path}/set', '--max_bad=0.5',
+               '--overwrite').code == 0
+    assert (tmp_path / 'set/skipped.tsv').read_text() == 'bomb.wav\tgrows more than 100 times when decompressed\n'
     bomb = tarred(tmp_path / 'x.tgz', {'bomb.wav': bytes(1 << 26)}, 'w:gz')
     assert is_one_line_error(run('folder', f'--source={bomb}', f'--out_dir={tmp_path}/other'), 'grows more than')
     assert not os.path.exists(tmp_path / 'other')
