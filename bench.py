@@ -216,7 +216,7 @@ def training_step(bench):
     torch.manual_seed(settings.seed)
     model = ASDA(config).to(process.device)
     optimizer = pretrain.make_optimizer(model, settings, dataclasses.replace(process, rank=1))      # prints nothing
-    pretrain.choose_kernels(model, config, settings, None, process)
+    pretrain.choose_kernels(model, config, settings, {}, process)
     if settings.compile and runtime.can_compile(process):
         model.compile()
     spec, count = spectrograms(bench), itertools.count()

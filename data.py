@@ -13,7 +13,6 @@ import json
 import os
 import re
 import signal
-import zipfile
 
 import numpy as np
 import torch
@@ -324,10 +323,14 @@ def read_meta(folder):
         raise DataError(f'{path} is missing: prepare the set first, see `python prepare.py --help`') from None
     except (OSError, ValueError) as error:
         raise DataError(f'{path} cannot be read ({error}): prepare the set again') from None
-    wanted = {'name': str, 'version': int, 'sample_rate': int, 'classes': list, 'multi_label': bool, 'folds': list}
+    wanted = {'name': str, 'version': int, 'sample_rate': int, 'classes': list, 'multi_label': bool, 'folds': list,
+              'splits': dict}
     for key, kind in wanted.items():
-        if not isinstance(meta, dict) or not isinstance(meta.get(key), kind):
+        value = meta.get(key) if isinstance(meta, dict) else None
+        if not isinstance(value, kind) or kind is list and not all(isinstance(word, str) for word in value):
             raise DataError(f'{path} has no valid {key!r}: prepare the set again')
+    if not all(isinstance(split, dict) for split in meta['splits'].values()):
+        raise DataError(f'{path} has no valid \'splits\': prepare the set again')
     if meta['version'] != FORMAT_VERSION or meta['sample_rate'] != SAMPLE_RATE:
         raise DataError(f'{path} is of format {meta["version"]} at {meta["sample_rate"]} Hz; this code reads format '
                         f'{FORMAT_VERSION} at {SAMPLE_RATE} Hz: prepare the set again')
@@ -345,8 +348,9 @@ def read_shards(folder, split, meta):
                 index = {'offset': stored['offsets'], 'length': stored['lengths'], 'label': stored['labels'],
                          'fold': stored['folds'], 'hash': stored['hashes'], 'stats': stored['stats']}
             size = os.path.getsize(base + '.pcm') // 2
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise DataError(f'the shard {base} cannot be read ({error}): delete it and prepare the set again') from None
+        except Exception as error:          # a damaged or hostile file can fail in any way; it is not a shard
+            raise DataError(f'the shard {base} cannot be read ({type(error).__name__}: {str(error)[:100]}): delete it '
+                            'and prepare the set again') from None
         if not shard_is_sound(index, size, meta):
             raise DataError(f'the shard {base} does not fit its .pcm file or meta.json: delete it and prepare the set '
                             'again')
@@ -451,7 +455,7 @@ class Order:
 
     def __init__(self, clips, seed, weights=None, per_epoch=0):
         self.clips, self.seed, self.weights = clips, seed, weights
-        self.per_epoch = clips if weights is None else min(per_epoch, clips)
+        self.per_epoch = clips if weights is None else min(per_epoch, int((weights > 0).sum()))
         self.epoch = self.drawn = None
 
     def at(self, position):
@@ -469,7 +473,8 @@ def weighted_draw(weights, count, generator):
     """count different indices, drawn one after the other with chances in proportion to the weights that are left, then
     shuffled. The smallest of exponential waiting times with these rates are such a draw (Efraimidis and Spirakis 2006).
     """
-    waiting = generator.standard_exponential(len(weights)) / weights
+    with np.errstate(divide='ignore'):                                      # a clip without labels waits for ever
+        waiting = generator.standard_exponential(len(weights)) / weights
     return generator.permutation(np.argpartition(waiting, count - 1)[:count])
 
 

@@ -43,7 +43,7 @@ csv_file = ''               # of a set: the per-class table, default classes.csv
                             # probabilities of every window
 frames = 0                  # input length; 0: the checkpoint's
 window = 0.0                # seconds of a window of longer clips, whose results are averaged; 0: the input length
-hop = 0.0                   # seconds from a window to the next; 0: of files one window, of sets the first window only
+hop = 0.0                   # seconds from a window to the next; 0: one window (sets without --window: the first only)
 norm_mean = None            # log-mel mean instead of the checkpoint's
 norm_std = None             # log-mel standard deviation instead of the checkpoint's
 batch_size = 64             # clips at a time
@@ -81,10 +81,12 @@ def open_checkpoint(path):
         return open_ours(path, runtime.load_checkpoint(path))
     except runtime.CheckpointError as error:
         try:
-            is_classifier = authors.is_classifier(path)
+            weights = authors.model_and_cfg(path)[0]
         except runtime.CheckpointError:
             raise error from None
-    return open_theirs(path, is_classifier)
+        if not any('modality_encoders.' in str(name) for name in weights):              # ours, and damaged
+            raise error from None
+    return open_theirs(path, 'head.weight' in weights)
 
 
 def open_ours(path, state):
@@ -94,10 +96,15 @@ def open_ours(path, state):
                     **{name: state['input'][name] for name in ('window', 'mean', 'std', 'repeat')}}
         is_classifier = 'head.weight' in state['model']
         classes, multi_label = (list(state['classes']), bool(state['multi_label'])) if is_classifier else (None, None)
-        if (spectrum['window'] not in data.WINDOWS
-                or not isinstance(spectrum['mean'], float) or not isinstance(spectrum['std'], float)):
+        if (spectrum['window'] not in data.WINDOWS or not isinstance(spectrum['mean'], float)
+                or not isinstance(spectrum['std'], float) or not 0 < spectrum['std'] < math.inf):
             raise ValueError(f'input {spectrum}')
-        model = Classifier(config, len(classes)) if is_classifier else ASDA(config)
+
+        def build():
+            return Classifier(config, len(classes)) if is_classifier else ASDA(config)
+        with torch.device('meta'):                                          # before memory is spent on absurd sizes
+            runtime.compare_weights(build(), state['model'], path)
+        model = build()
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise runtime.CheckpointError(f'{path} is a damaged checkpoint ({type(error).__name__}: {error})') from None
     runtime.load_weights(model, state['model'], path)
@@ -207,8 +214,9 @@ def metrics(logits, targets, multi_label):
         precision, area = np.array(rows)[:, 1:].T
         found, areas = precision[~np.isnan(precision)], area[~np.isnan(area)]
         mean_area = areas.mean() if len(areas) else math.nan
+        inside = torch.tensor(mean_area, dtype=torch.float64).clamp(1e-9, 1 - 1e-9)     # a perfect score stays finite
         return {'mAP': float(found.mean()) if len(found) else math.nan, 'mAUC': float(mean_area),
-                'd_prime': math.sqrt(2) * torch.special.ndtri(torch.tensor(mean_area, dtype=torch.float64)).item(),
+                'd_prime': math.sqrt(2) * torch.special.ndtri(inside).item(),
                 'classes': len(found), 'clips': len(logits)}, rows
     labels, guesses = targets.argmax(axis=1), logits.argmax(axis=1)
     rows = [(int((labels == c).sum()), float((guesses[labels == c] == c).mean()) if (labels == c).any() else math.nan)
@@ -290,11 +298,12 @@ def fit_logistic(x, targets, strength, multi_label, start):
 def evaluate_classifier(loaded, settings, process, autocast):
     """A fine-tuned checkpoint on its test split; with --window or --hop, the mean over the windows of each clip."""
     tuned = loaded.settings
-    name = settings.dataset or tuned.get('test_dataset') or tuned.get('dataset', '')
-    if not name:
+    own = tuned.get('test_dataset') or tuned.get('dataset', '')
+    name = settings.dataset or own
+    if not name or not isinstance(name, str):
         raise configurator.ConfigError('this checkpoint does not say what it was tuned on: name a prepared set, '
                                        '--dataset=NAME')
-    test = data.open_test(name, settings.data_dir, settings.fold or tuned.get('fold', ''))
+    test = data.open_test(name, settings.data_dir, settings.fold or (str(tuned.get('fold', '')) if name == own else ''))
     if len(test.classes) != len(loaded.classes) or loaded.settings and test.classes != loaded.classes:
         raise configurator.ConfigError(f'{settings.ckpt} knows {len(loaded.classes)} classes ({loaded.classes[0]}, '
                                        f'...), {name} has {len(test.classes)} ({test.classes[0]}, ...)')

@@ -191,8 +191,10 @@ def forward_backward(network, batch, spectrum, settings, multi_label, process, a
     clips = len(batch['lengths'])
     total = 0
     for i in range(parts):
-        places = torch.tensor(data.mirrored_places(clips, i, parts))
-        part = {name: value[places] if value.ndim else value for name, value in batch.items()}
+        first, last = i * clips // (2 * parts), (i + 1) * clips // (2 * parts)      # and the places they are mixed with
+        part = batch if parts == 1 else {
+            name: torch.cat([value[first:last], value[clips - last:clips - first]]) if value.ndim else value
+            for name, value in batch.items()}
         spec = data.log_mel(part['pcm'], part['lengths'], **spectrum, gain=part['gain'])
         spec, labels = data.augment(spec, part)
         if isinstance(network, DistributedDataParallel):
@@ -226,11 +228,11 @@ def train(settings, process):
                   f'{runtime.provenance(process)}')
     model.to(process.device)
     optimizer = make_optimizer(model, settings, process)
-    first, best = 0, -math.inf
+    resumed = {}
     if resuming:
-        state = runtime.resume(settings.out_dir, model, optimizer, dataclasses.asdict(config), input_info, settings,
-                               FREE_SETTINGS, process)
-        first, best = state['step'], state['best']
+        resumed = runtime.resume(settings.out_dir, model, optimizer, dataclasses.asdict(config), input_info, settings,
+                                 FREE_SETTINGS, process)
+    first, best = resumed.get('step', 0), float(resumed.get('best', -math.inf))
     network = runtime.distribute(model, process)
     if settings.compile and runtime.can_compile(process):
         network.compile()
@@ -245,16 +247,13 @@ def train(settings, process):
     log = runtime.Log(settings.out_dir, process, first if resuming else None)
     log.write(start=first, settings=vars(settings), **runtime.provenance(process), time=time.time())
     stop, clock = runtime.Stop(process), runtime.Clock(first, settings.max_steps)
-    bad_steps, scores, done = torch.zeros((), device=process.device), {}, first
+    scores, done = {}, first
+    bad_steps = torch.tensor(float(resumed.get('bad_steps', 0)), device=process.device)
     late = runtime.Late(process)
 
     def settle(done, is_logged, value, in_a_row):
         """What the numbers of a step say, once they are here."""
-        if in_a_row:
-            process.print(f'warning: step {done} has a gradient that is not finite; skipped ({in_a_row:g} in a row)')
-        if in_a_row >= settings.max_bad_steps:
-            raise runtime.RunError(f'{in_a_row:g} steps in a row were not finite; lower lr; '
-                                   f'{settings.out_dir} holds the last checkpoint')
+        runtime.check_bad_steps(done, int(in_a_row), settings, batches, places, process, log)
         if is_logged:
             rate = lr_at(done - 1, settings)
             process.print(f'step {done:,}/{settings.max_steps:,}  loss {value:.4f}  lr {rate:.1e}  '
@@ -264,7 +263,7 @@ def train(settings, process):
     def contents():
         return {'model': model.state_dict(), 'config': dataclasses.asdict(config), 'step': done,
                 'settings': vars(settings), 'metrics': scores, 'input': input_info, 'classes': classes,
-                'multi_label': multi_label, 'best': best}
+                'multi_label': multi_label, 'best': best, 'bad_steps': float(bad_steps)}
 
     def evaluate(clips, title):
         return metrics(predict(model, clips, spectrum, process, autocast, title=title),

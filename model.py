@@ -55,6 +55,11 @@ class ASDAConfig:
 
     def __post_init__(self):
         """Raises ValueError, in one line with the numbers, for an architecture that cannot be built."""
+        for field in dataclasses.fields(self):
+            value, kinds = getattr(self, field.name), (int, float) if field.type is float else field.type
+            if isinstance(value, bool) or not isinstance(value, kinds) or value != value:
+                raise ValueError(f'{field.name} = {value!r} is not of type {field.type.__name__}')
+
         def choose(name, *allowed):
             if getattr(self, name) not in allowed:
                 raise ValueError(f'{name} = {getattr(self, name)!r} is none of {", ".join(allowed)}')
@@ -79,8 +84,11 @@ class ASDAConfig:
         for name, lowest in (('mask_ratio', 0.01), ('drop_path', 0.0)):
             if not lowest <= getattr(self, name) < 1:
                 raise ValueError(f'{name} = {getattr(self, name)} must lie in [{lowest}, 1)')
-        if not self.ffn_ratio * self.n_embd >= 1:
-            raise ValueError(f'ffn_ratio = {self.ffn_ratio} leaves the feed-forward layer no width')
+        if not 1 <= self.ffn_ratio * self.n_embd <= 1e6:
+            raise ValueError(f'ffn_ratio = {self.ffn_ratio} gives the feed-forward layer an odd width')
+        for name in ('n_layer', 'decoder_layers'):
+            if getattr(self, name) > 1000:
+                raise ValueError(f'{name} = {getattr(self, name)} is more than 1000')
         if not 0 <= self.target_layers <= self.n_layer:
             raise ValueError(f'target_layers = {self.target_layers} must lie between 0 (all) '
                              f'and n_layer = {self.n_layer}')
@@ -128,10 +136,12 @@ class Linear(nn.Linear):
     which takes twice as long on an AMD processor."""
 
     def forward(self, x):
-        if x.device.type != 'cpu' or x.dtype != torch.float32 or kernels.autocast_type(x) != torch.float32:
+        images = 1 if torch.get_num_threads() > 1 else 16       # with one thread PyTorch gives oneDNN only 16 and more
+        if (x.device.type != 'cpu' or x.dtype != torch.float32 or kernels.autocast_type(x) != torch.float32
+                or x.shape[:-1].numel() % images):
             return super().forward(x)
-        pixels = x.reshape(1, -1, 1, self.in_features).permute(0, 3, 1, 2)              # (1, in, places, 1)
-        y = F.conv2d(pixels, self.weight[:, :, None, None], self.bias)                  # (1, out, places, 1)
+        pixels = x.reshape(images, -1, 1, self.in_features).permute(0, 3, 1, 2)         # (images, in, places, 1)
+        y = F.conv2d(pixels, self.weight[:, :, None, None], self.bias)                  # (images, out, places, 1)
         return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], self.out_features)
 
 

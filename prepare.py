@@ -18,6 +18,7 @@ import collections
 import concurrent.futures
 import contextlib
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -25,7 +26,6 @@ import math
 import multiprocessing
 import os
 import re
-import zipfile
 from array import array
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -36,7 +36,19 @@ from tqdm import tqdm
 
 import configurator
 import runtime
-from data import FORMAT_VERSION, SAMPLE_RATE, WINDOWS, DataError, fbank, frames_in, key_hash, read_meta, words
+from data import (
+    FORMAT_VERSION,
+    HOP_SAMPLES,
+    SAMPLE_RATE,
+    WINDOWS,
+    DataError,
+    fbank,
+    frames_in,
+    key_hash,
+    read_meta,
+    samples_for,
+    words,
+)
 from sources import (
     ARCHIVE_ERRORS,
     NO_DECODER,
@@ -68,7 +80,11 @@ clips = 4000            # demo: number of clips
 seed = 1                # demo: which clips
 
 SHARD_CLIPS = 2048                                  # files of one shard; 640 MB of ten-second clips
-CHUNK = 16                                          # files that a worker takes at a time
+CHUNK = 4                                           # files that a worker takes at a time
+MINUTE = 6000                                       # frames
+# A disk or network that fails, too many open files, no space: reasons to stop, not to leave a file out.
+NOT_THE_FILES_FAULT = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.ENOMEM,
+                       errno.ETIMEDOUT, errno.ENOTCONN, errno.EROFS)
 CACHED = r'source-[0-9a-f]{8}\.(zip|tar|tgz|csv)'   # a download or decompressed archive, until the set is complete
 SPLITS = ('eval', 'test', 'train', 'valid')
 
@@ -78,7 +94,7 @@ ESC50_URL = 'https://github.com/karolpiczak/ESC-50/archive/33c8ce9eb2cf0b1c2f8bc
 SPEECHCOMMANDS_URL = 'https://storage.googleapis.com/download.tensorflow.org/data/speech_commands_v0.02.tar.gz'
 SPEECHCOMMANDS_SHA256 = 'af14739ee7dc311471de98f5f9d2c9191b18aedfe957f4a6ff791c709868ff58'      # torchaudio's
 SPEECHCOMMANDS_CLIPS = {'train': 84843, 'valid': 9981, 'test': 11005}
-AUDIOSET_URL = 'http://storage.googleapis.com/us_audioset/youtube_corpus/v1/csv/'
+AUDIOSET_URL = 'https://storage.googleapis.com/us_audioset/youtube_corpus/v1/csv/'
 
 
 @dataclass
@@ -142,14 +158,18 @@ def pack_clip(place, max_seconds):
         else:
             wave = decode(read_bytes(place), max_seconds)
     except (*ARCHIVE_ERRORS, ValueError, RuntimeError, TypeError, NotImplementedError, MemoryError) as error:
+        if getattr(error, 'errno', None) in NOT_THE_FILES_FAULT:
+            raise                                                           # or good clips would be skipped for good
         return reason_of(error)
     pcm = np.clip(np.rint(wave * 32768), -32768, 32767).astype(np.int16)
     centred = torch.from_numpy(pcm.astype(np.float32) / 32768)[None]
     centred = centred - centred.mean()
-    stats = np.empty((len(WINDOWS), 2))
-    for i, window in enumerate(WINDOWS):
-        x = fbank(centred, torch.tensor([len(pcm)]), window).double()
-        stats[i] = x.sum().item(), x.square().sum().item()
+    stats, last = np.zeros((len(WINDOWS), 2)), int(frames_in(len(pcm)))
+    for first in range(0, last, MINUTE):                                    # so that a long clip takes little memory
+        piece = centred[:, first * HOP_SAMPLES:samples_for(min(first + MINUTE, last))]
+        for i, window in enumerate(WINDOWS):
+            x = fbank(piece, torch.tensor([piece.shape[1]]), window).double()
+            stats[i] += x.sum().item(), x.square().sum().item()
     return pcm, stats
 
 
@@ -236,8 +256,8 @@ def prepare(plan, settings):
             entries = [plan.entry(i) for i in rows]
             made_by = shard_plan(path)
             if made_by is None:
-                write_shard(path, entries, plan, settings.max_minutes * 60, pool, bar)
-            elif made_by == plan_digest(entries):
+                write_shard(path, entries, plan, settings, pool, bar)
+            elif made_by == plan_digest(entries, settings):
                 bar.update(len(entries))
             else:
                 raise DataError(f'{path}.npz is of another source or other settings: add --overwrite to start again')
@@ -258,8 +278,10 @@ def share_of(text):
     return int(match[1]) - 1, int(match[2])
 
 
-def plan_digest(entries):
-    text = json.dumps([(entry.key, entry.label, entry.fold) for entry in entries])
+def plan_digest(entries, settings):
+    """What a shard is made of: it changes with every setting that changes its bytes."""
+    how = settings.max_minutes, settings.seed if entries[0].place[0] == 'demo' else None
+    text = json.dumps([how, [(entry.key, entry.label, entry.fold) for entry in entries]])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -270,15 +292,16 @@ def shard_plan(path):
             return str(stored['plan'])
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except Exception:                           # a damaged file can fail in any way; it is not a shard
         raise DataError(f'{path}.npz is damaged: delete it and run again') from None
 
 
-def write_shard(path, entries, plan, max_seconds, pool, bar):
+def write_shard(path, entries, plan, settings, pool, bar):
     """Decode the entries into path.pcm, then their index into path.npz, whose presence says that both are whole."""
     good, skipped, lengths, stats = [], [], [], []
     with runtime.replacing(path + '.pcm', 'wb') as f:
-        for entry, result in zip(entries, pack_in_order([entry.place for entry in entries], max_seconds, pool)):
+        places = [entry.place for entry in entries]
+        for entry, result in zip(entries, pack_in_order(places, settings.max_minutes * 60, pool)):
             bar.update()
             if isinstance(result, str):
                 skipped.append((entry.key, result))
@@ -295,7 +318,7 @@ def write_shard(path, entries, plan, max_seconds, pool, bar):
         'hashes': np.array([key_hash(entry.key) for entry in good], np.uint32),
         'stats': np.array(stats).reshape(-1, len(WINDOWS), 2),
         'keys': np.array([entry.key for entry in good], dtype=str),
-        'skipped': np.array(skipped, dtype=str).reshape(-1, 2), 'plan': np.array(plan_digest(entries))}
+        'skipped': np.array(skipped, dtype=str).reshape(-1, 2), 'plan': np.array(plan_digest(entries, settings))}
     with runtime.replacing(path + '.npz', 'wb') as f:
         np.savez(f, **arrays)
 
@@ -392,6 +415,16 @@ def source_or_download(settings, url, suffix='zip', sha256=None):
     return path
 
 
+def read_table(files, i):
+    """A text file of a source. Raises DataError."""
+    try:
+        return read_bytes(files.place(i)).decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f'{printable(files.names[i])} is not a text table ({error})') from None
+    except (*ARCHIVE_ERRORS, ValueError, RuntimeError, NotImplementedError) as error:
+        raise DataError(f'{printable(files.names[i])} cannot be read ({reason_of(error)}): get it again') from None
+
+
 def plan_demo(settings):
     classes = list(SOUNDS)
     plan = Plan('demo', lambda i: ('demo', settings.seed, i), classes)
@@ -427,7 +460,7 @@ def plan_esc50(settings):
     table = files.names[tables[0]]
     root = table[:-len('meta/esc50.csv')]
     try:
-        rows = list(csv.DictReader(io.StringIO(read_bytes(files.place(tables[0])).decode())))
+        rows = list(csv.DictReader(io.StringIO(read_table(files, tables[0]))))
         rows = [(os.path.splitext(row['filename'])[0], row['fold'], int(row['target']), row['category'])
                 for row in rows if not settings.esc10 or row['esc10'] == 'True']
     except (KeyError, TypeError, ValueError, csv.Error) as error:
@@ -463,7 +496,7 @@ def plan_speechcommands(settings):
     split_of = {}
     for name, i in lists.items():
         split = 'test' if name.endswith('testing_list.txt') else 'valid'
-        split_of.update(dict.fromkeys(read_bytes(files.place(i)).decode('utf-8', 'replace').split(), split))
+        split_of.update(dict.fromkeys(read_table(files, i).split(), split))
     spoken = {}
     for i, name in files.audio():
         key = name[len(root) + 1:] if root else name
@@ -522,6 +555,10 @@ def read_class_labels(settings):
         if not os.path.exists(path):
             download(AUDIOSET_URL + 'class_labels_indices.csv', path, instead='--labels=PATH')
     rows = read_label_csv(path)
+    if len(rows) != 527 and not settings.labels:
+        os.remove(path)
+        raise DataError(f'{AUDIOSET_URL}class_labels_indices.csv names {len(rows)} classes instead of 527: get it by '
+                        'other means and give --labels=PATH')
     if len(rows) != 527:
         print(f'warning: {len(rows)} classes in {path}; AudioSet has 527')
     return {mid: i for i, (mid, _) in enumerate(rows)}, [name for _, name in rows]
@@ -589,7 +626,7 @@ def match_segments(ids, starts, files):
         file = np.flatnonzero(first + back < last)[::-1]                    # backwards: the first file is the last word
         segment = by_id[first[file] + back]
         start = found_starts[file]
-        fits = (start * 1000 == starts[segment]) | (start == starts[segment])           # seconds or milliseconds
+        fits = (np.round(start * 1000) == starts[segment]) | (start == starts[segment])     # seconds or milliseconds
         fits |= np.isnan(start) & (last[file] - first[file] == 1)
         file_of[segment[fits]] = found[file[fits]]
     return file_of
@@ -754,9 +791,13 @@ def run(argv):
     configurator.check_ranges(settings, max_bad=(0, 1), max_minutes=(0.01, 1e4), clips=(10, 10 ** 7), seed=(0, 2 ** 62))
     settings.workers = (os.cpu_count() or 1) if settings.workers < 0 else settings.workers
     share_of(settings.shards)
-    if settings.shards and (not settings.source or is_compressed_tar(settings.source)):
-        raise configurator.ConfigError('--shards needs a --source that no machine has to download or decompress: a '
-                                       'folder, zip or uncompressed tar')
+    if settings.shards and settings.overwrite:
+        raise configurator.ConfigError('--shards with --overwrite would delete what other machines have made: delete '
+                                       f'{settings.out_dir} yourself')
+    if settings.shards and (not settings.source or recipe == 'audioset' and not settings.labels
+                            or os.path.exists(settings.source) and is_compressed_tar(settings.source)):
+        raise configurator.ConfigError('--shards needs a --source (for audioset --labels too) that no machine has to '
+                                       'download or decompress: a folder, zip or uncompressed tar')
     if settings.overwrite and os.path.isdir(settings.out_dir):
         remove_set(settings.out_dir)
     if os.path.exists(os.path.join(settings.out_dir, 'meta.json')):
@@ -766,7 +807,8 @@ def run(argv):
     try:
         prepare(RECIPES[recipe](settings), settings)
     except DataError:
-        if os.path.isdir(settings.out_dir) and not any(file.endswith('.npz') for file in os.listdir(settings.out_dir)):
+        if not settings.shards and os.path.isdir(settings.out_dir) and not any(
+                file.endswith('.npz') for file in os.listdir(settings.out_dir)):
             remove_set(settings.out_dir)                            # not one whole shard: nothing half-written stays
         raise
 

@@ -251,11 +251,11 @@ def train(settings):
                   f'{n_kept(math.prod(config.grid), config.mask_ratio)} of them kept by each '
                   f'of {config.n_students} students')
     optimizer = make_optimizer(model, settings, process)
-    first, resumed = 0, None
+    resumed = {}
     if resuming:
         resumed = runtime.resume(settings.out_dir, model, optimizer, dataclasses.asdict(config), input_info, settings,
                                  FREE_SETTINGS, process)
-        first = resumed['step']
+    first = resumed.get('step', 0)
     choose_kernels(model, config, settings, resumed, process)
     network = runtime.distribute(model, process)
     if settings.compile and runtime.can_compile(process):
@@ -268,21 +268,14 @@ def train(settings):
     log = runtime.Log(settings.out_dir, process, first if resuming else None)
     log.write(start=first, settings=vars(settings), **runtime.provenance(process), time=time.time())
     stop, clock = runtime.Stop(process), runtime.Clock(first, settings.max_steps)
-    bad_steps, measures, done = torch.zeros((), device=process.device), {}, first
+    measures, done = {}, first
+    bad_steps = torch.tensor(float(resumed.get('bad_steps', 0)), device=process.device)
     late = runtime.Late(process)
 
     def settle(done, names, is_logged, values):
         """What the numbers of a step say, once they are here."""
         values = dict(zip(names, values))
-        in_a_row = int(values.pop('bad_steps'))
-        if in_a_row:
-            process.print(f'warning: step {done} has a gradient that is not finite; skipped ({in_a_row} in a row)')
-            log.write(step=done, skipped_in_a_row=in_a_row)
-        if in_a_row >= settings.max_bad_steps:
-            shown = [batches.order.at((done - 1) * settings.batch_size + place) for place in list(places)[:8]]
-            raise runtime.RunError(f'{in_a_row} steps in a row were not finite; '
-                                   f'the last saw {", ".join(clips.select(shown).keys())}, ...; lower lr, '
-                                   f'or look at these clips; {settings.out_dir} holds the last checkpoint')
+        runtime.check_bad_steps(done, int(values.pop('bad_steps')), settings, batches, places, process, log)
         if is_logged:
             report(done, values, settings, process, log, clock)
 
@@ -291,7 +284,7 @@ def train(settings):
             runtime.save_checkpoint(os.path.join(settings.out_dir, 'ckpt.pt'), {
                 'model': model.state_dict(), 'config': dataclasses.asdict(config), 'optimizer': optimizer.state_dict(),
                 'step': done, 'settings': vars(settings),
-                'metrics': {name: float(value) for name, value in measures.items()},
+                'bad_steps': float(bad_steps), 'metrics': {name: float(value) for name, value in measures.items()},
                 'input': input_info}, settings.keep)
 
     for step, batch in zip(range(first, settings.max_steps), runtime.ahead(loader, process)):

@@ -23,6 +23,7 @@ from configurator import ConfigError
 from data import DataError
 
 CHECKPOINT_VERSION = 1
+CONTENTS = {'model': dict, 'config': dict, 'settings': dict, 'optimizer': dict, 'input': dict, 'step': int}
 MIN_WIDTH = 128             # channels from which bfloat16 was seen to pay on a CPU
 MODULE_DIR = os.path.dirname(os.path.abspath(__file__))
 
@@ -130,14 +131,14 @@ def start(device='auto', threads=0, deterministic=False):
         torch.cuda.set_device(local)
         torch.backends.cudnn.allow_tf32 = False                             # float32 means float32
     if world > 1:
-        dist.init_process_group('nccl' if device == 'cuda' else 'gloo')
+        dist.init_process_group('cpu:gloo,cuda:nccl' if device == 'cuda' else 'gloo')
     return Process(rank, world, torch.device(device, local) if device == 'cuda' else torch.device(device))
 
 
 def keep_freed_memory():
     """Let the C library reuse the memory of large tensors instead of returning it to the system, which then clears it
     page by page at every step: a tenth of a step of the base model on a CPU. Where there is no glibc, nothing."""
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)                                                      # M_MMAP_MAX
         mallopt(-1, 2 ** 31 - 1)                                            # M_TRIM_THRESHOLD
@@ -228,9 +229,12 @@ class Stop:
         """Whether to stop now: the same answer at the same step on every process, which costs one step's delay."""
         if self.process.world == 1:
             return self.requested
-        answer, self.pending = self.pending, torch.tensor(float(self.requested), device=self.process.device)
-        dist.all_reduce(self.pending, op=dist.ReduceOp.MAX)
-        return answer is not None and bool(answer)
+        before, flag = self.pending, torch.tensor(float(self.requested))    # on the CPU: a GPU is not made to wait
+        self.pending = flag, dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True)
+        if before is None:
+            return False
+        before[1].wait()
+        return bool(before[0])
 
 
 def ahead(batches, process, stay=()):
@@ -244,20 +248,34 @@ def ahead(batches, process, stay=()):
         return
     beside, waiting = torch.cuda.Stream(), []
 
-    def arrived(batch):
+    def arrived(batch, copy):
         here = torch.cuda.current_stream()
-        here.wait_stream(beside)                                            # the device waits, not Python
+        here.wait_event(copy)                                               # the device waits, not Python
         for value in batch.values():
             if value.is_cuda:
                 value.record_stream(here)                                   # its memory is not given away before use
         return batch
     for batch in batches:
         with torch.cuda.stream(beside):
-            waiting.append(copied(batch))
+            waiting.append((copied(batch), beside.record_event()))
         if len(waiting) == 2:
-            yield arrived(waiting.pop(0))
-    for batch in waiting:
-        yield arrived(batch)
+            yield arrived(*waiting.pop(0))
+    for pair in waiting:
+        yield arrived(*pair)
+
+
+def check_bad_steps(done, in_a_row, settings, batches, places, process, log):
+    """Say that a step was skipped, its gradient not being finite; after max_bad_steps in a row end the run, naming
+    clips of this process's places that the last of them saw."""
+    if not in_a_row:
+        return
+    process.print(f'warning: step {done} has a gradient that is not finite; skipped ({in_a_row} in a row)')
+    log.write(step=done, skipped_in_a_row=in_a_row)
+    if in_a_row >= settings.max_bad_steps:
+        shown = [batches.order.at((done - 1) * settings.batch_size + place) for place in list(places)[:8]]
+        raise RunError(f'{in_a_row} steps in a row were not finite; the last saw '
+                       f'{", ".join(batches.clips.select(shown).keys())}, ...; lower lr, or look at these clips; '
+                       f'{settings.out_dir} holds the last checkpoint')
 
 
 class Late:
@@ -365,10 +383,10 @@ def load_checkpoint(path, wanted=('model', 'config', 'settings')):
     except Exception as error:              # a damaged or hostile file can fail in any way; it is not a checkpoint
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise CheckpointError(f'{path} is not a checkpoint that can be read safely ({reason})') from None
-    missing = [key for key in wanted if not isinstance(state, dict) or key not in state]
+    missing = [key for key in wanted if not isinstance(state, dict) or not isinstance(state.get(key), CONTENTS[key])]
     if missing:
-        raise CheckpointError(f'{path} is not a checkpoint of this code: it has no {", ".join(missing)}')
-    if state.get('version') != CHECKPOINT_VERSION:
+        raise CheckpointError(f'{path} is not a checkpoint of this code: it has no valid {", ".join(missing)}')
+    if not isinstance(state.get('version'), int) or state['version'] != CHECKPOINT_VERSION:
         raise CheckpointError(f'{path} is a checkpoint of version {state.get("version")}, '
                               f'this code reads {CHECKPOINT_VERSION}')
     return state
@@ -401,7 +419,7 @@ def resume(out_dir, model, optimizer, config, input_info, settings, free, proces
     if other:
         raise CheckpointError(f'{path} is of another model ({", ".join(other)}): give the same settings, or another '
                               '--out_dir')
-    if state['input']['fingerprint'] != input_info['fingerprint'] and not settings.other_data:
+    if state['input'].get('fingerprint') != input_info['fingerprint'] and not settings.other_data:
         raise CheckpointError(f'{path} was trained on other clips than there are now: put the data back, start a new '
                               'run, or go on all the same with --other_data')
     changed = [f'{name} {state["settings"].get(name)!r} -> {value!r}' for name, value in vars(settings).items()
@@ -410,17 +428,30 @@ def resume(out_dir, model, optimizer, config, input_info, settings, free, proces
         process.print('warning: changed since the checkpoint, so that this is no longer the same run: '
                       f'{", ".join(changed)}')
     load_weights(model, state['model'], path)
-    groups, stored = optimizer.state_dict()['param_groups'], state['optimizer']['param_groups']
-    if [len(group['params']) for group in groups] != [len(group['params']) for group in stored]:
-        raise CheckpointError(f'{path} groups its parameters otherwise: decay_vectors and layer_decay cannot change in '
-                              'a run')
-    optimizer.load_state_dict({'state': state['optimizer']['state'], 'param_groups': groups})    # the settings of now
+    try:
+        groups, stored = optimizer.state_dict()['param_groups'], state['optimizer']['param_groups']
+        if [len(group['params']) for group in groups] != [len(group['params']) for group in stored]:
+            raise CheckpointError(f'{path} groups its parameters otherwise: decay_vectors and layer_decay cannot '
+                                  'change in a run')
+        optimizer.load_state_dict({'state': state['optimizer']['state'], 'param_groups': groups})  # the settings of now
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        raise CheckpointError(f'{path} is damaged: its optimizer cannot be read ({type(error).__name__})') from None
     process.print(f'going on after step {state["step"]:,}')
     return state
 
 
 def load_weights(module, state, path):
     """Copy a state dict into a module; names, shapes and types must all agree. Raises CheckpointError."""
+    compare_weights(module, state, path)
+    try:
+        module.load_state_dict(state)
+    except (RuntimeError, NotImplementedError, AttributeError, TypeError) as error:     # sparse, without data, ...
+        raise CheckpointError(f'{path}: its weights cannot be copied ({str(error).splitlines()[0][:100]})') from None
+
+
+def compare_weights(module, state, path):
+    """Whether a state dict is of this module, which may be on the device meta: names, shapes, types. Raises
+    CheckpointError."""
     own = module.state_dict()
     for name in own:
         if name not in state:
@@ -433,7 +464,6 @@ def load_weights(module, state, path):
     if extra:
         raise CheckpointError(f'{path}: unexpected weight {extra[0]}'
                               + (f' and {len(extra) - 1} more' if len(extra) > 1 else ''))
-    module.load_state_dict(state)
 
 
 # ------------------------------------------------------------------------------------------------------------------ log

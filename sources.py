@@ -8,6 +8,7 @@ This file must not know data sets, labels or the network.
 import fractions
 import functools
 import hashlib
+import http.client
 import io
 import lzma
 import os
@@ -33,6 +34,9 @@ from data import SAMPLE_RATE, WINDOW_SAMPLES, DataError
 MAX_FILE_BYTES = 1 << 30                            # no audio file of a set is larger
 MAX_ARCHIVE_RATIO = 100                             # what grows more than this when it is decompressed is hostile ...
 HARMLESS_BYTES = 32 << 20                           # ... if it grows to more than this: silence compresses well
+MAX_HEADER_BYTES = 1 << 20                          # of a tar's long names
+MAX_SAMPLES = 1 << 27                               # of a file, before resampling: 46 minutes at 48 kHz
+MAX_CHANNELS = 64
 MIN_RATE, MAX_RATE = 1000, 768000                   # Hz
 ARCHIVE_ERRORS = (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError)
 AUDIO_SUFFIXES = ('.wav', '.flac', '.ogg', '.oga', '.opus', '.mp3', '.aif', '.aiff', '.au', '.w64', '.caf',
@@ -114,11 +118,13 @@ def list_source(path, work_dir):
                     if not info.is_dir():
                         found.add(info.filename)
             return found
-        if not tarfile.is_tarfile(path):
-            raise DataError(f'{path} is neither a folder nor a zip or tar archive')
+        try:
+            tarfile.open(path, 'r:*', tarinfo=BoundedHeader).close()
+        except tarfile.ReadError:
+            raise DataError(f'{path} is neither a folder nor a zip or tar archive') from None
         path = uncompressed_tar(path, work_dir)
         found = Files('tar', path)
-        with tarfile.open(path, 'r:') as archive:
+        with tarfile.open(path, 'r:', tarinfo=BoundedHeader) as archive:
             for member in archive:
                 if member.isfile():                                         # links and devices are no files: left out
                     found.add(member.name.removeprefix('./'), member.offset_data, member.size)
@@ -128,11 +134,27 @@ def list_source(path, work_dir):
         raise DataError(f'the archive {path} is damaged ({error}): get it again') from None
 
 
+class BoundedHeader(tarfile.TarInfo):
+    """A tar header whose long names and further fields are not read into memory if they are absurdly long."""
+
+    def check_size(self):
+        if self.size > MAX_HEADER_BYTES:
+            raise ValueError(f'a header of {self.size >> 20} MiB')
+
+    def _proc_gnulong(self, archive):
+        self.check_size()
+        return super()._proc_gnulong(archive)
+
+    def _proc_pax(self, archive):
+        self.check_size()
+        return super()._proc_pax(archive)
+
+
 def is_compressed_tar(path):
     if os.path.isdir(path) or zipfile.is_zipfile(path):
         return False
     try:
-        with tarfile.open(path, 'r:') as archive:
+        with tarfile.open(path, 'r:', tarinfo=BoundedHeader) as archive:
             archive.next()
         return False
     except tarfile.ReadError:
@@ -148,7 +170,7 @@ def uncompressed_tar(path, work_dir):
     if os.path.exists(plain):
         return plain
     limit = os.path.getsize(path) * MAX_ARCHIVE_RATIO
-    with (tarfile.open(path, 'r:*') as archive, runtime.replacing(plain, 'wb') as out,
+    with (tarfile.open(path, 'r:*', tarinfo=BoundedHeader) as archive, runtime.replacing(plain, 'wb') as out,
           tqdm(unit='B', unit_scale=True, desc=f'decompressing {os.path.basename(path)}', delay=1) as bar):
         archive.fileobj.seek(0)                                             # opening has read the first header
         while block := archive.fileobj.read(1 << 20):
@@ -209,7 +231,7 @@ def download(url, path, sha256=None, instead='--source=PATH'):
             if sha256 and digest.hexdigest() != sha256:
                 raise DataError(f'{url} has the checksum {digest.hexdigest()[:12]}..., not {sha256[:12]}...: another '
                                 f'file than expected; if you trust one that you have, give {instead}')
-    except (urllib.error.URLError, OSError, ValueError) as error:
+    except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
         raise DataError(f'cannot download {url} ({error}): get it by other means and give {instead}') from None
 
 
@@ -243,6 +265,8 @@ def by_soundfile(content, max_seconds):
     with soundfile.SoundFile(io.BytesIO(content)) as f:
         rate, channels = f.samplerate, f.channels
         check_rate(rate)
+        if channels > MAX_CHANNELS:
+            raise ValueError(f'{channels} channels')
         blocks, read = [], 0
         while True:                                                         # by blocks: a header's length may be a lie
             block = f.read(max(1, (1 << 20) // channels), dtype='float32', always_2d=True)
@@ -250,7 +274,7 @@ def by_soundfile(content, max_seconds):
                 break
             blocks.append(block.mean(axis=1))
             read += len(block)
-            check_length(read / rate, max_seconds)
+            check_length(read, rate, max_seconds)
     return np.concatenate(blocks) if blocks else np.zeros(0, np.float32), rate
 
 
@@ -259,9 +283,11 @@ def check_rate(rate):
         raise ValueError(f'sample rate of {rate} Hz')
 
 
-def check_length(seconds, max_seconds):
-    if seconds > max_seconds:
+def check_length(samples, rate, max_seconds):
+    if samples > max_seconds * rate:
         raise ValueError(f'longer than {max_seconds / 60:g} minutes')
+    if samples > MAX_SAMPLES:
+        raise ValueError(f'more than {MAX_SAMPLES:,} samples')
 
 
 @functools.lru_cache(maxsize=1)
@@ -284,9 +310,12 @@ def by_another(content, demuxer, max_seconds):
         raise ValueError(f'{demuxer} format: {NO_DECODER}')
     if isinstance(decoder, str):
         return by_ffmpeg(decoder, content, demuxer, max_seconds)
-    samples = decoder(content).get_samples_played_in_range(0, max_seconds + 1)          # data (channels, n)
-    check_rate(samples.sample_rate)
-    check_length(samples.data.shape[1] / samples.sample_rate, max_seconds)
+    decoder = decoder(content)
+    rate, channels = decoder.metadata.sample_rate, decoder.metadata.num_channels
+    check_rate(rate)
+    seconds = min(max_seconds + 1, MAX_SAMPLES / (rate * channels))         # what all channels take in memory
+    samples = decoder.get_samples_played_in_range(0, seconds)               # data (channels, n)
+    check_length(samples.data.numel(), rate * channels, min(max_seconds, seconds * 0.999))
     return samples.data.float().mean(dim=0).numpy(), samples.sample_rate
 
 
@@ -299,13 +328,15 @@ def by_ffmpeg(program, content, demuxer, max_seconds):
         command = [program, '-nostdin', '-v', 'error', '-protocol_whitelist', 'file', '-f', demuxer, '-i', source,
                    '-map', '0:a:0', '-t', str(max_seconds + 1), '-fs', str(MAX_FILE_BYTES), '-c:a', 'pcm_f32le',
                    decoded]
-        try:
-            result = subprocess.run(command, capture_output=True, timeout=300)
-        except subprocess.TimeoutExpired:
-            raise ValueError('ffmpeg took longer than five minutes') from None
+        with open(os.path.join(folder, 'said'), 'w+b') as said:
+            try:
+                result = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=said, timeout=300)
+            except subprocess.TimeoutExpired:
+                raise ValueError('ffmpeg took longer than five minutes') from None
+            said.seek(max(said.tell() - 500, 0))
+            lines = said.read().decode('utf-8', 'replace').strip().splitlines()
         if result.returncode or not os.path.exists(decoded):
-            said = result.stderr.decode('utf-8', 'replace').strip().splitlines()
-            raise ValueError(f'ffmpeg: {said[-1] if said else "failed"}')
+            raise ValueError(f'ffmpeg: {lines[-1] if lines else "failed"}')
         return by_soundfile(read_bytes(('file', decoded)), max_seconds)
 
 
