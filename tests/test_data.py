@@ -375,6 +375,9 @@ def test_weighted_draws_are_those_of_multinomial():
     assert len(counts) == 10
     chi_square = sum((a - b) ** 2 / (a + b) for a, b in counts.values())
     assert chi_square < 27.9                                                # 9 degrees of freedom, p = 0.001
+    rare = {tuple(sorted(data.weighted_draw(np.array([1.0, 0, 1, 0, 1]), 3, np.random.default_rng(i))))
+            for i in range(9)}
+    assert rare == {(0, 2, 4)} and data.Order(5, 1, np.array([1.0, 0, 1, 0, 1]), 4).per_epoch == 3
     firsts = np.bincount([data.weighted_draw(weights, 3, np.random.default_rng(i))[0] for i in range(3000)])
     assert firsts[4] > 0.03 * 3000                                          # shuffled: the rare are not always last
 

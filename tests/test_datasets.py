@@ -8,9 +8,11 @@ import io
 import os
 import re
 import shutil
+import socket
 import subprocess
 import threading
 import tracemalloc
+import types
 
 import numpy as np
 import pytest
@@ -205,6 +207,9 @@ def test_one_id_with_two_segments_is_told_apart_by_its_start():
         files.add(name)
     ids, starts = np.array([b'abcdefghijk'] * 2, 'S11'), np.array([30000, 40000])
     assert prepare.match_segments(ids, starts, files).tolist() == [2, 0]  # the first of two for the same one
+    files = sources.Files('folder', '/')
+    files.add('abcdefghijk_16.1.wav')  # 16.1 * 1000 is not 16100 in floating point
+    assert prepare.match_segments(ids[:1], np.array([16100]), files).tolist() == [0]
 
 
 @pytest.mark.parametrize(
@@ -251,6 +256,10 @@ def test_several_machines_make_the_bytes_of_one(audioset, monkeypatch):
     assert (
         contents(audioset / 'one/set') == contents(audioset / 'many/set') and len(contents(audioset / 'one/set')) > 10
     )
+    again = [*options, '--overwrite', '--shards=1/3', f'--out_dir={audioset}/many/set']
+    assert is_one_line_error(prepare_audioset(audioset, lists, *again), '--overwrite', 'other machines')
+    other = run('folder', '--source=/absent', '--shards=1/2', f'--out_dir={audioset}/new')
+    assert is_one_line_error(other, '/absent') and contents(audioset / 'one/set') == contents(audioset / 'many/set')
     for wrong in ('3', '0/3', '4/3', 'a/b'):
         assert is_one_line_error(
             prepare_audioset(audioset, lists, f'--shards={wrong}', f'--out_dir={audioset}/x'), 'shards'
@@ -355,6 +364,36 @@ def test_files_without_a_decoder_are_counted_and_the_message_says_what_to_instal
     sources.other_decoder.cache_clear()
     assert run('folder', f'--source={source}', f'--out_dir={tmp_path}/set', '--overwrite', '--test_part=0').code == 0
     assert len(data.open_clips(['set'], str(tmp_path))) == 8
+
+
+def test_torchcodec_is_asked_for_no_more_than_is_allowed(monkeypatch):
+    """A stand-in with torchcodec's names: rates, channels and lengths are bounded before and after decoding."""
+    asked = []
+
+    class Decoder:
+        def __init__(self, content):
+            self.metadata = types.SimpleNamespace(sample_rate=rate, num_channels=channels)
+
+        def get_samples_played_in_range(self, start, stop):
+            asked.append(stop)
+            data = torch.full((channels, int(min(seconds, stop) * rate)), 0.25)
+            return types.SimpleNamespace(data=data, sample_rate=rate)
+
+    monkeypatch.setattr(sources, 'other_decoder', lambda: Decoder)
+    content = b'\x00\x00\x00\x18ftypM4A '
+    rate, channels, seconds = 48000, 2, 0.5
+    wave = sources.decode(content, 60)
+    assert abs(len(wave) - 8000) < 3 and abs(wave[4000] - 0.25) < 1e-3 and asked == [61]
+    seconds = 3.0
+    with pytest.raises(ValueError, match='longer than'):
+        sources.decode(content, 2)
+    monkeypatch.setattr(sources, 'MAX_SAMPLES', 48000)
+    with pytest.raises(ValueError, match='longer than|more than'):
+        sources.decode(content, 60)
+    assert asked[-1] == 0.5  # both channels together
+    rate = 2_000_000
+    with pytest.raises(ValueError, match='2000000 Hz'):
+        sources.decode(content, 60)
 
 
 def test_a_playlist_cannot_make_ffmpeg_open_other_files(ffmpeg, without_decoder, monkeypatch, tmp_path):
@@ -505,11 +544,28 @@ def test_labels_of_audioset_are_downloaded(audioset, server, monkeypatch):
     shutil.move(audioset / 'labels.csv', audioset / 'web/class_labels_indices.csv')
     monkeypatch.setattr(prepare, 'AUDIOSET_URL', f'{server}/')
     options = [f'--source={audioset}/audio', f'--segments={audioset}/eval_segments.csv']
+    assert is_one_line_error(run('audioset', *options, f'--out_dir={audioset}/few'), '5 classes instead of 527')
+    with open(audioset / 'web/class_labels_indices.csv', 'a', newline='') as f:
+        csv.writer(f).writerows([i, f'/m/{i}', f'sound {i}'] for i in range(5, 527))
     assert run('audioset', *options, f'--out_dir={audioset}/as_eval').code == 0
     os.remove(audioset / 'web/class_labels_indices.csv')
     assert is_one_line_error(
         run('audioset', *options, f'--out_dir={audioset}/again'), 'class_labels_indices.csv', '404', '--labels=PATH'
     )
+
+
+def test_a_server_that_speaks_nonsense(tmp_path, monkeypatch):
+    with socket.create_server(('127.0.0.1', 0)) as listening:
+
+        def answer():
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(b'nonsense\r\n\r\n')
+
+        threading.Thread(target=answer, daemon=True).start()
+        monkeypatch.setattr(prepare, 'FSDD_URL', f'http://127.0.0.1:{listening.getsockname()[1]}/x.zip')
+        assert is_one_line_error(run('fsdd', f'--out_dir={tmp_path}/set'), 'cannot download', '--source=PATH')
 
 
 @pytest.mark.parametrize(

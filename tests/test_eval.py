@@ -334,6 +334,9 @@ def test_bad_input(straight, pretrained, data_dir, tmp_path, argv, words):      
 
 # -------------------------------------------------------------------------------------------------- hostile checkpoints
 
+WORDS = {'later version': 'version 99', 'text for a number': 'diff_lambda', 'unknown field': 'surprise'}
+
+
 def tampered(state, kind):
     name = 'encoder.blocks.0.attn.qk.weight'
     if kind == 'missing weight':
@@ -358,13 +361,27 @@ def tampered(state, kind):
         del state['input']
     elif kind == 'later version':
         state['version'] = 99
+    elif kind == 'version of tensors':
+        state['version'] = torch.ones(2)
+    elif kind == 'absurd size':
+        state['config']['ffn_ratio'] = 3e4
+    elif kind == 'text for a number':
+        state['config']['diff_lambda'] = 'a'
+    elif kind == 'no spread':
+        state['input']['std'] = 0.0
+    elif kind == 'number for a name':
+        state['model'][7] = torch.zeros(3)
+    elif kind == 'sparse weight':
+        state['model'][name] = state['model'][name].to_sparse()
     return state
 
 
 @pytest.mark.parametrize('kind', ['missing weight', 'extra weight', 'other shape', 'integers', 'no tensor',
                                   'other config', 'odd config', 'unknown field', 'no config', 'no input',
-                                  'later version'])
+                                  'later version', 'version of tensors', 'absurd size', 'text for a number',
+                                  'no spread', 'number for a name', 'sparse weight'])
 def test_a_tampered_checkpoint_is_named(pretrained, data_dir, tmp_path, kind):              # noqa: F811
-    torch.save(tampered(torch.load(pretrained, weights_only=True), kind), tmp_path / 'odd.pt')
+    state = tampered(torch.load(pretrained, weights_only=True), kind)
+    torch.save(state, tmp_path / 'odd.pt')
     assert is_one_line_error(call(evaluation.run, f'--ckpt={tmp_path}/odd.pt', '--dataset=noises',
-                                  f'--data_dir={data_dir}'), 'odd.pt')
+                                  f'--data_dir={data_dir}'), 'odd.pt', *([WORDS[kind]] if kind in WORDS else []))

@@ -244,6 +244,30 @@ def test_one_bad_step_is_skipped_and_counted(data_dir, tmp_path, monkeypatch):
     assert all(torch.isfinite(tensor).all() for tensor in weights_of(tmp_path / 'out')['model'].values())
 
 
+def test_a_streak_of_bad_steps_is_counted_across_a_stop(data_dir, tmp_path, monkeypatch):
+    original = pretrain.forward_backward
+    monkeypatch.setattr(pretrain, 'forward_backward',
+                        lambda network, spec, *rest: original(network, spec * float('nan'), *rest))
+    base = [*RUN, f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out', '--max_bad_steps=5', '--max_steps=9']
+    assert call(pretrain.run, *base, '--max_steps=4').code == 0
+    result = call(pretrain.run, *base, '--resume')
+    assert result.code == 1 and '5 steps in a row' in result.err
+
+
+def test_a_bad_step_of_finetuning_is_skipped_counted_and_its_clips_named(data_dir, tmp_path, monkeypatch):
+    import finetune
+    original = finetune.forward_backward
+
+    def nan(network, batch, *rest):
+        return original(network, {**batch, 'gain': batch['gain'] * float('nan')}, *rest)
+    monkeypatch.setattr(finetune, 'forward_backward', nan)
+    result = call(finetune.run, '--init=scratch', '--n_layer=1', '--n_head=2', '--n_embd=32', '--frames=64',
+                  '--dataset=noises', '--max_steps=9', '--warmup_steps=1', '--batch_size=4', '--workers=0',
+                  '--validation_part=0.3', '--max_bad_steps=3', f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out')
+    assert result.code == 1 and '3 steps in a row' in result.err and '.wav' in result.err
+    assert [line['skipped_in_a_row'] for line in log_of(tmp_path / 'out') if 'skipped_in_a_row' in line] == [1, 2, 3]
+
+
 def test_collapse_is_warned_of_and_stops_the_run_if_asked(data_dir, tmp_path, monkeypatch):
     original = pretrain.forward_backward
 

@@ -1,10 +1,12 @@
 """Recipes on miniature data sets in their true layouts, and on damaged and hostile files.
    python -m pytest tests/test_prepare.py"""
+import errno
 import io
 import json
 import os
 import struct
 import tarfile
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -422,6 +424,54 @@ def test_wrong_commands(tmp_path, monkeypatch, argv, words):
     monkeypatch.chdir(tmp_path)
     assert is_one_line_error(call(prepare.run, *argv), *words)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_failing_disk_stops_and_loses_nothing(tmp_path, monkeypatch):
+    source = write_tree(tmp_path / 'x', noises(8))
+    original = prepare.read_bytes
+
+    def failing(place):
+        if place[1].endswith('5.wav'):
+            raise OSError(errno.EIO, 'Input/output error', place[1])
+        return original(place)
+    monkeypatch.setattr(prepare, 'read_bytes', failing)
+    assert is_one_line_error(run('folder', f'--source={source}', f'--out_dir={tmp_path}/set'), '5.wav', 'Input/output')
+    monkeypatch.undo()
+    assert run('folder', f'--source={source}', f'--out_dir={tmp_path}/set', '--test_part=0', '--overwrite').code == 0
+    assert len(data.open_clips(['set'], str(tmp_path))) == 8
+
+
+def test_a_shard_of_another_seed_is_not_taken_for_this_one(tmp_path):
+    run('demo', '--clips=30', f'--out_dir={tmp_path}/demo')
+    os.remove(tmp_path / 'demo/meta.json')
+    assert is_one_line_error(run('demo', '--clips=30', '--seed=2', f'--out_dir={tmp_path}/demo'), '--overwrite')
+
+
+def test_long_clips_are_counted_in_pieces(tmp_path, monkeypatch):
+    whole = prepare.pack_clip(('demo', 1, 3), 60)[1]
+    monkeypatch.setattr(prepare, 'MINUTE', 37)
+    np.testing.assert_allclose(prepare.pack_clip(('demo', 1, 3), 60)[1], whole, rtol=1e-6)
+
+
+def test_a_damaged_table_is_named(tmp_path):
+    path = zipped(tmp_path / 'x.zip', esc_files())
+    with zipfile.ZipFile(path) as archive:
+        place = archive.getinfo('ESC-50-abc/meta/esc50.csv').header_offset + 60
+    with open(path, 'r+b') as f:
+        f.seek(place)
+        f.write(bytes(40))
+    assert is_one_line_error(run('esc50', f'--source={path}', f'--out_dir={tmp_path}/esc'), 'esc50.csv')
+
+
+def test_a_tar_with_an_endless_name_takes_no_memory(tmp_path):
+    header = tarfile.TarInfo('././@LongLink')
+    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 600 << 20
+    (tmp_path / 'x.tar').write_bytes(header.tobuf(tarfile.GNU_FORMAT) + b'x' * 5000)
+    tracemalloc.start()
+    result = run('folder', f'--source={tmp_path}/x.tar', f'--out_dir={tmp_path}/set')
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert is_one_line_error(result, 'x.tar', '600 MiB') and peak < 50e6
 
 
 def test_a_header_that_lies_about_its_length_takes_no_memory():
