@@ -11,6 +11,7 @@ comment says otherwise.
 out_dir = 'out/finetune_esc50'
 dataset = 'esc50'
 fold = 'all'                    # five runs; their accuracies, mean and standard deviation
+validation_part = 0.1           # ours: a tenth of the four folds chooses the best checkpoint (0: train on all of them)
 frames = 512                    # 498 of five seconds, padded
 batch_size = 48
 lr = 5e-5
