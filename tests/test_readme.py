@@ -105,3 +105,12 @@ def test_the_path_from_a_folder_of_ones_own(tmp_path, monkeypatch):
 def test_tiny_settings_are_settings():
     for word in TINY:
         assert word[2:].split('=')[0] in options_of('pretrain.py')
+
+
+def test_no_figure_of_the_performance_notes_is_missing():
+    """Every table has as many cells in each row, and no word stands where a figure should."""
+    with open(os.path.join(ROOT, 'docs', 'performance.md'), encoding='utf-8') as f:
+        text = f.read()
+    assert not re.search(r'\b[A-Z]{4,}_[A-Z]+\b|TODO|TBD', text)
+    for table in re.findall(r'(?:^\|.*\n)+', text, re.M):
+        assert len({line.count('|') for line in table.splitlines()}) == 1, table
