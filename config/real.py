@@ -3,8 +3,8 @@ out.
 
     python pretrain.py config/real.py
 
-What it costs: 7,000 updates of 24 clips x 8 students. Time: 39 minutes on one CPU core that multiplies bfloat16. What to
-expect: the README's results.
+What it costs: 7,000 updates of 24 clips x 8 students. Time: 39 minutes on one CPU core with bfloat16
+instructions. What to expect: the README's results.
 """
 out_dir = 'out/real'
 dataset = 'wakewords,fsdd,esc10'
