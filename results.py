@@ -28,7 +28,7 @@ jobs = 2                                # runs at a time, one CPU thread each
 
 TASKS = {                               # name: (finetune.py arguments, updates, multiples of them to choose from)
     'FSDD, 10 labels per class': (['config/finetune_fsdd.py', '--labels_per_class=10'], 300, {'*': (1, 3)}),
-    'FSDD, unheard speaker': (['config/finetune_fsdd.py', '--fold=theo'], 600, {'scratch': (1, 3)}),
+    'FSDD, unheard speaker': (['config/finetune_fsdd.py', '--fold=theo'], 600, {'*': (1, 3)}),
     'wakewords, 10 labels per class': (['config/finetune_wakewords.py'], 200, {'*': (1, 2)}),
     'ESC-10, fold 5': (['config/finetune_esc10.py'], 200, {}),
     'demo, 10 labels per class': (['config/finetune_demo.py'], 200, {'*': (1, 2)}),
