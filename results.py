@@ -109,6 +109,7 @@ def probes(settings, task):
     tune = configurator.configure(
         os.path.join(runtime.MODULE_DIR, 'finetune.py'),
         [os.path.join(runtime.MODULE_DIR, arguments[0]), *arguments[1:]],
+        (os.path.join(runtime.MODULE_DIR, 'model.py'), 'ASDAConfig'),
     )
     found = {}
     for seed in range(1, settings.seeds + 1):

@@ -13,7 +13,8 @@ from .test_finetune import pretrained  # noqa: F401  (a fixture)
 def test_every_arm_is_tuned_run_and_found_again(pretrained, data_dir, tmp_path, monkeypatch):          # noqa: F811
     config = tmp_path / 'tiny.py'
     words = [argument[2:].split('=') for argument in FINETUNE if '=' in argument]
-    config.write_text(''.join(f'{name} = {value if value[0].isdigit() else repr(value)}\n' for name, value in words))
+    config.write_text(''.join(f'{name} = {value if value[0].isdigit() else repr(value)}\n' for name, value in words)
+                      + "pooling = 'mean'\n")
     monkeypatch.setattr(results, 'TASKS', {'noises': ([str(config)], 3, {'*': (1, 2)})})
     base = [f'--ckpt={pretrained}', f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out', '--jobs=2']
     first = call(results.run, *base)
