@@ -215,11 +215,6 @@ def load_classifier(path, **overrides):
     return model
 
 
-def is_classifier(path):
-    """Whether a fairseq file is a fine-tuned one."""
-    return 'head.weight' in model_and_cfg(path)[0]
-
-
 def model_and_cfg(path):
     """(weights by name, the cfg, which in a fine-tuned file holds that of the pre-training)"""
     stored = read_fairseq(path)

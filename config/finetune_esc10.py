@@ -3,7 +3,7 @@
     python prepare.py esc50 --source=ESC-10.tar --out_dir=data/esc10
     python finetune.py config/finetune_esc10.py --ckpt=out/real/ckpt.pt
 
-What it costs: 200 updates of 16 clips. Time with the model of config/real.py: about four minutes on one CPU core.
+What it costs: 200 updates of 16 clips. Time with the model of config/real.py: a minute and a half on one CPU core.
 What to expect: the table in the README's results.
 """
 out_dir = 'out/finetune_esc10'

@@ -3,7 +3,7 @@
     python finetune.py config/finetune_fsdd.py --ckpt=out/real/ckpt.pt --labels_per_class=10
     python finetune.py config/finetune_fsdd.py --ckpt=out/real/ckpt.pt --fold=theo --max_steps=600
 
-What it costs: 300 updates of 32 clips. Time with the model of config/real.py: about a minute on one CPU core. What to
+What it costs: 300 updates of 32 clips. Time with the model of config/real.py: half a minute on one CPU core. What to
 expect: the table in the README's results.
 """
 out_dir = 'out/finetune_fsdd'

@@ -2,7 +2,7 @@
 
     python finetune.py config/finetune_wakewords.py --ckpt=out/real/ckpt.pt
 
-What it costs: 200 updates of 16 clips. Time with the model of config/real.py: about two minutes on one CPU core. What
+What it costs: 200 updates of 16 clips. Time with the model of config/real.py: about a minute on one CPU core. What
 to expect: the table in the README's results.
 """
 out_dir = 'out/finetune_wakewords'
