@@ -72,6 +72,12 @@ class Bench:
                 for name, value in batch.items()}
 
 
+def make_bench(settings, config, process):
+    """In the precision that the settings name, or in what 'auto' chooses."""
+    autocast, dtype = runtime.autocast(process, settings.dtype, config.n_embd)
+    return Bench(settings.but(dtype=dtype), config, process, autocast)
+
+
 # ----------------------------------------------------------------------------------------------- counting and measuring
 
 def flops(config):
@@ -218,7 +224,7 @@ def training_step(bench):
     optimizer = pretrain.make_optimizer(model, settings, dataclasses.replace(process, rank=1))      # prints nothing
     pretrain.choose_kernels(model, config, settings, {}, process)
     if settings.compile and runtime.can_compile(process):
-        model.compile()
+        model.compile(mode=settings.compile_mode)
     spec, count = spectrograms(bench), itertools.count()
 
     def step():
@@ -381,9 +387,8 @@ def measure_baseline(bench):
     """One step of the authors' arrangement in float32, of ours in float32, and of ours as `auto` and the settings have
     it, from the same kind of spectrograms; and the spectrograms of a batch as they and as we make them."""
     settings, config, process = bench.settings.but(dataset=''), bench.config, bench.process
-    plain = dataclasses.replace(bench, settings=settings.but(compile=False, kernels='torch'),
-                                autocast=runtime.autocast(process, 'float32')[0])
-    auto = dataclasses.replace(bench, settings=settings, autocast=runtime.autocast(process, 'auto', config.n_embd)[0])
+    plain = make_bench(settings.but(compile=False, kernels='torch', dtype='float32'), config, process)
+    auto = make_bench(settings.but(dtype='auto'), config, process)
     try:
         model = authors.Arrangement(config).to(process.device)
     except ValueError as error:
@@ -476,9 +481,8 @@ def run(argv):
     settings = configure(argv)
     process = runtime.start(settings.device, settings.threads, settings.deterministic)
     sections, config = check(settings, process), pretrain.model_config(settings)
-    autocast, settings.dtype = runtime.autocast(process, settings.dtype, config.n_embd)
-    bench, figures = Bench(settings, config, process, autocast), {}
-    provenance = runtime.provenance(process)
+    bench, figures = make_bench(settings, config, process), {}
+    settings, provenance = bench.settings, runtime.provenance(process)
     where = {'device': device_name(process), 'cores': cores(), 'threads': provenance['threads'],
              'load': round(os.getloadavg()[0], 1),                          # other processes slow this one down
              'torch': provenance['torch'], 'dtype': settings.dtype, 'compile': settings.compile,

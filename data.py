@@ -95,8 +95,8 @@ def fbank(wave, lengths, window='hamming'):
 
 
 def log_energies(frames, window, blocks, out):
-    """(B, frames, 400) -> out (B, frames, 128). Up to the spectrum with kaldi's very rounding, which in a frame with one
-    loud frequency is what the quiet ones hold."""
+    """(B, frames, 400) -> out (B, frames, 128). Up to the spectrum with kaldi's very rounding, which in a frame with
+    one loud frequency is what the quiet ones hold."""
     frames = frames - frames.mean(dim=2, keepdim=True)                      # DC offset
     padded = frames.new_zeros(*frames.shape[:2], 512)
     inside = padded[..., :WINDOW_SAMPLES]

@@ -136,9 +136,11 @@ class Linear(nn.Linear):
     which takes twice as long on an AMD processor."""
 
     def forward(self, x):
-        images = 1 if torch.get_num_threads() > 1 else 16       # with one thread PyTorch gives oneDNN only 16 and more
-        if (x.device.type != 'cpu' or x.dtype != torch.float32 or kernels.autocast_type(x) != torch.float32
-                or x.shape[:-1].numel() % images):
+        if x.device.type != 'cpu' or x.dtype != torch.float32 or kernels.autocast_type(x) != torch.float32:
+            return super().forward(x)
+        # With one thread PyTorch gives oneDNN only 16 images and more. torch.compile cannot follow a count of threads.
+        images = 1 if torch.compiler.is_compiling() or torch.get_num_threads() > 1 else 16
+        if x.shape[:-1].numel() % images:
             return super().forward(x)
         pixels = x.reshape(images, -1, 1, self.in_features).permute(0, 3, 1, 2)         # (images, in, places, 1)
         y = F.conv2d(pixels, self.weight[:, :, None, None], self.bias)                  # (images, out, places, 1)
@@ -350,9 +352,8 @@ class ASDA(nn.Module):
         """
         _, outputs = self.teacher(spec, layers=True)
         outputs = [t[:, 1:].float() for t in outputs[-self.config.target_layers:]]      # without CLS, (B, P, D)
-        normed = [F.instance_norm(t.transpose(1, 2), eps=TARGET_EPS).transpose(1, 2) for t in outputs]
         D = self.config.n_embd
-        frame = F.layer_norm(sum(normed) / len(normed), (D,), eps=TARGET_EPS)
+        frame = F.layer_norm(sum(map(instance_norm, outputs)) / len(outputs), (D,), eps=TARGET_EPS)
         if self.config.utterance_target == 'normed':
             return frame, frame.mean(dim=1)
         return frame, F.layer_norm((sum(outputs) / len(outputs)).mean(dim=1), (D,), eps=TARGET_EPS)
@@ -363,8 +364,9 @@ class ASDA(nn.Module):
         spec (B, frames, n_mels); mask (B, n, P) bool, True = masked, n_kept(P, mask_ratio) False in every view;
         noise (B * n, P, D) for the masked places, drawn from N(0, mask_noise^2) if not given.
         -> scalar loss, dict of scalar measures:
-        frame, utterance: the two losses. target_std, pred_std: standard deviation over the masked patches, mean over
-        channels (0 = collapse). explained: 1 - squared error / variance of the targets, over the masked patches.
+        frame, utterance: the two losses. target_std, pred_std: standard deviation over the masked patches, of the
+        predictions for each clip's first student only, mean over channels (0 = collapse). explained: 1 - squared error
+        / variance of the targets, over the masked patches.
         """
         B, n, P = mask.shape
         D = self.config.n_embd
@@ -384,7 +386,7 @@ class ASDA(nn.Module):
         loss = frame_loss + self.config.alpha * self.config.utterance_scale * utterance_loss
         with torch.no_grad():
             target_variance = masked_variance(target, weight.sum(dim=1))
-            prediction_variance = masked_variance(prediction, weight)
+            prediction_variance = masked_variance(prediction[:, 0], weight[:, 0])
             explained = 1 - frame_loss * math.sqrt(D) / target_variance.sum()
         return loss, {'frame': frame_loss.detach(), 'utterance': utterance_loss.detach(),
                       'target_std': target_variance.sqrt().mean(), 'pred_std': prediction_variance.sqrt().mean(),
@@ -405,6 +407,13 @@ def kernel_shapes(config, clips):
     return {'conv': (views, rows, columns, config.n_embd, config.decoder_groups) if config.decoder_layers else None,
             'attention': (views, tokens, h, config.n_embd // h, config.diff_lambda, config.head_norm == 'per_head')
             if config.diff_lambda else None}
+
+
+def instance_norm(x):
+    """Each clip's channels to mean 0 and variance 1 over its places. PyTorch's own needs the places last, a copy.
+    (B, P, D) -> (B, P, D)"""
+    x = x - x.mean(dim=1, keepdim=True)
+    return x * (x.square().mean(dim=1, keepdim=True) + TARGET_EPS).rsqrt()
 
 
 def masked_variance(x, weight):

@@ -61,6 +61,8 @@ device = 'auto'                 # cuda, mps or cpu; auto: the best there is
 dtype = 'auto'                  # float32 or bfloat16 (autocast); auto: bfloat16 where the hardware has it, but
                                 # not for tiny models on a CPU
 compile = False                 # torch.compile
+compile_mode = 'default'        # its mode: default, reduce-overhead (CUDA graphs, for small models and batches),
+                                # max-autotune-no-cudagraphs (tries more kernels, starts slowly) or max-autotune (both)
 kernels = 'auto'                # Triton kernels: auto (on a GPU those that are right and faster), torch (none),
                                 # triton (all), or a list of conv and attention
 workers = 2                     # processes that read clips ahead; 0: none
@@ -72,6 +74,8 @@ other_data = False              # go on although the data are not those that the
 FREE_SETTINGS = ('out_dir', 'resume', 'overwrite', 'other_data', 'min_target_var', 'max_bad_steps', 'data_dir',
                  'eval_dataset', 'eval_interval', 'eval_clips', 'log_interval', 'save_interval', 'keep', 'workers',
                  'accumulate', 'kernels')
+COMPILE_MODES = {'default': False, 'reduce-overhead': True, 'max-autotune-no-cudagraphs': False,
+                 'max-autotune': True}                      # whether they record CUDA graphs
 COLLAPSED = 0.05                # a variance of the targets, 1 when all is well, that deserves a warning
 
 
@@ -114,6 +118,12 @@ def check(settings, world):
         raise configurator.ConfigError(f'window = {settings.window!r} is none of {", ".join(data.WINDOWS)}')
     if settings.short_clips not in ('pad', 'join'):
         raise configurator.ConfigError(f'short_clips = {settings.short_clips!r} is neither pad nor join')
+    if settings.compile_mode not in COMPILE_MODES:
+        raise configurator.ConfigError(f'compile_mode = {settings.compile_mode!r} is none of '
+                                       f'{", ".join(COMPILE_MODES)}')
+    if COMPILE_MODES[settings.compile_mode] and (world > 1 or settings.accumulate > 1):
+        raise configurator.ConfigError(f'compile_mode = {settings.compile_mode} takes one process and accumulate = 1: '
+                                       'a CUDA graph overwrites its gradients when it runs again')
     if not settings.warmup_steps < settings.max_steps:
         raise configurator.ConfigError(f'warmup_steps = {settings.warmup_steps} must be less than max_steps '
                                        f'= {settings.max_steps}')
@@ -219,10 +229,14 @@ def update(model, optimizer, step, settings):
 
 
 def mask_noise(settings, config, step, places, device):
-    """(clips * n_students, P, D) N(0, mask_noise^2), for masked places, drawn for each clip's place."""
+    """(clips * n_students, P, D) N(0, mask_noise^2), for masked places, drawn for each clip's place, in the type that
+    the decoder works in."""
     shape = (config.n_students, math.prod(config.grid), config.n_embd)
-    return torch.cat([torch.randn(shape, generator=data.torch_random(device, settings.seed, 'noise', step, place),
-                                  device=device) for place in places]) * config.mask_noise
+    noise = torch.empty(len(places), *shape, dtype=getattr(torch, settings.dtype), device=device)
+    for clip, place in zip(noise, places):                                  # one at a time: it stays in the cache
+        generator = data.torch_random(device, settings.seed, 'noise', step, place)
+        clip.copy_(torch.randn(shape, generator=generator, device=device).mul_(config.mask_noise))
+    return noise.flatten(0, 1)
 
 
 def train(settings):
@@ -259,7 +273,7 @@ def train(settings):
     choose_kernels(model, config, settings, resumed, process)
     network = runtime.distribute(model, process)
     if settings.compile and runtime.can_compile(process):
-        network.compile()
+        network.compile(mode=settings.compile_mode)
 
     per_process = settings.batch_size // process.world
     places = range(process.rank * per_process, (process.rank + 1) * per_process)

@@ -60,6 +60,7 @@ def test_the_authors_arrangement_is_the_same_model(head_norm, diff_lambda, dtype
     spec, mask, noise = inputs(config, dtype)
     (loss, measures), (their_loss, their_measures) = ours(spec, mask, noise), theirs(spec, mask, noise)
     assert loss.item() == pytest.approx(their_loss.item(), rel=tolerance)
+    del their_measures['pred_std']                                          # of all students; ours is of the first
     for name, value in their_measures.items():
         assert measures[name].item() == pytest.approx(value.item(), rel=max(tolerance, 1e-5)), name
     loss.backward()

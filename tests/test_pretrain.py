@@ -1,6 +1,7 @@
 """Pre-training as a run: schedules, processes and accumulation, resuming, refusals.
    python -m pytest tests/test_pretrain.py"""
 import json
+import math
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import bench
 import kernels
 import pretrain
 import runtime
@@ -247,6 +249,29 @@ def test_a_loss_that_stays_nan_stops_the_run_and_names_the_clips(data_dir, tmp_p
     assert result.out.count('has a gradient that is not finite; skipped') == 2
 
 
+def test_the_mode_of_compilation_is_passed_on(data_dir, tmp_path, monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda self, mode=None: modes.append(mode))
+    monkeypatch.setattr(runtime, 'can_compile', lambda process: True)
+    assert call(pretrain.run, *RUN, '--max_steps=3', '--compile', '--compile_mode=max-autotune',
+                f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out').code == 0
+    assert call(bench.run, *RUN, '--what=step', '--steps=1', '--warmup=0', '--compile',
+                '--compile_mode=reduce-overhead').code == 0
+    assert modes == ['max-autotune', 'reduce-overhead']
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_noise_belongs_to_a_place_in_the_batch(dtype):
+    s = settings(*TINY, f'--dtype={dtype}')
+    config, cpu = pretrain.model_config(s), torch.device('cpu')
+    noise = pretrain.mask_noise(s, config, 3, range(4), cpu)
+    assert noise.shape == (4 * config.n_students, math.prod(config.grid), config.n_embd)
+    assert noise.dtype == getattr(torch, dtype) and noise.float().std().item() == pytest.approx(0.01, rel=0.05)
+    first, second = (pretrain.mask_noise(s, config, 3, places, cpu) for places in (range(2), range(2, 4)))
+    assert torch.equal(noise, torch.cat([first, second])) and not torch.equal(first, second)
+    assert not torch.equal(noise, pretrain.mask_noise(s, config, 4, range(4), cpu))
+
+
 @pytest.mark.parametrize('argv, words', [
     (['--frames=64', '--mask_block=5'], ['mask_block = 5', '4 x 8']),
     (['--frames=128', '--mask_block=5'], ['64 patches', 'mask_block']), (['--frames=50'], ['frames = 50']),
@@ -257,7 +282,8 @@ def test_a_loss_that_stays_nan_stops_the_run_and_names_the_clips(data_dir, tmp_p
     (['--leave_out=noises/5'], ['leave_out']), (['--max_steps=0'], ['max_steps']),
     (['--warmup_steps=6'], ['warmup_steps = 6']), (['--seed=-1'], ['seed']), (['--resume'], ['nothing to resume']),
     (['--kernels=triton'], ['kernels = triton', 'CUDA']), (['--kernels=conv'], ['--kernels=torch']),
-    (['--kernels=fast'], ['fast is no kernel']),
+    (['--kernels=fast'], ['fast is no kernel']), (['--compile_mode=fast'], ['compile_mode', 'fast']),
+    (['--compile_mode=reduce-overhead', '--accumulate=2'], ['reduce-overhead', 'accumulate = 1']),
     (['config/absent.py'], ['config/absent.py']), (['--mask_ratio=1.5'], ['mask_ratio']), (['--keep=0'], ['keep']),
     (['--ema_steps=0'], ['ema_steps']), (['--n_mels=64'], ['n_mels = 64']), (['--mask_adjust=-0.5'], ['mask_block']),
     (['--ffn_ratio=-1'], ['ffn_ratio']), (['--beta1=1.5'], ['beta1']), (['--norm_std=abc'], ['norm_std']),
