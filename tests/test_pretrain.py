@@ -256,7 +256,7 @@ def test_the_mode_of_compilation_is_passed_on(data_dir, tmp_path, monkeypatch):
     assert call(pretrain.run, *RUN, '--max_steps=3', '--compile', '--compile_mode=max-autotune',
                 f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out').code == 0
     assert call(bench.run, *RUN, '--what=step', '--steps=1', '--warmup=0', '--compile',
-                '--compile_mode=reduce-overhead').code == 0
+                '--compile_mode=reduce-overhead', f'--data_dir={data_dir}').code == 0
     assert modes == ['max-autotune', 'reduce-overhead']
 
 
