@@ -131,20 +131,23 @@ class LayerNorm(nn.LayerNorm):
         return super().forward(x).to(kernels.autocast_type(x))
 
 
-class Linear(nn.Linear):
-    """In float32 on a CPU it goes as a 1 x 1 convolution, since PyTorch gives that to oneDNN and a linear layer to MKL,
-    which takes twice as long on an AMD processor."""
+def linear(x, weight, bias):
+    """F.linear. In float32 on a CPU it goes as a 1 x 1 convolution, since PyTorch gives that to oneDNN and a linear layer
+    to MKL, which takes twice as long on an AMD processor."""
+    if x.device.type != 'cpu' or x.dtype != torch.float32 or kernels.autocast_type(x) != torch.float32:
+        return F.linear(x, weight, bias)
+    # With one thread PyTorch gives oneDNN only 16 images and more. torch.compile cannot follow a count of threads.
+    images = 1 if torch.compiler.is_compiling() or torch.get_num_threads() > 1 else 16
+    if x.shape[:-1].numel() % images:
+        return F.linear(x, weight, bias)
+    pixels = x.reshape(images, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)                  # (images, in, places, 1)
+    y = F.conv2d(pixels, weight[:, :, None, None], bias)                                # (images, out, places, 1)
+    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], len(weight))
 
+
+class Linear(nn.Linear):
     def forward(self, x):
-        if x.device.type != 'cpu' or x.dtype != torch.float32 or kernels.autocast_type(x) != torch.float32:
-            return super().forward(x)
-        # With one thread PyTorch gives oneDNN only 16 images and more. torch.compile cannot follow a count of threads.
-        images = 1 if torch.compiler.is_compiling() or torch.get_num_threads() > 1 else 16
-        if x.shape[:-1].numel() % images:
-            return super().forward(x)
-        pixels = x.reshape(images, -1, 1, self.in_features).permute(0, 3, 1, 2)         # (images, in, places, 1)
-        y = F.conv2d(pixels, self.weight[:, :, None, None], self.bias)                  # (images, out, places, 1)
-        return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], self.out_features)
+        return linear(x, self.weight, self.bias)
 
 
 class DiffAttention(nn.Module):
@@ -172,11 +175,11 @@ class DiffAttention(nn.Module):
             y = kernels.diff_attention(qk, v, h, self.config.diff_lambda, per_head, TARGET_EPS)
         else:
             y = self.attend(qk, v)                                          # (B, N, D)
-        if per_head:
-            y = y * self.norm.weight + self.norm.bias
-        elif self.config.head_norm == 'all':
-            y = self.norm(y)
-        return self.proj(y * self.config.attn_scale)
+        if not per_head:
+            return self.proj((self.norm(y) if self.config.head_norm == 'all' else y) * self.config.attn_scale)
+        # W_O (w y + b) = (W_O w) y + W_O b: on the weights it costs less than on the tokens
+        weight = self.proj.weight * self.config.attn_scale
+        return linear(y, weight * self.norm.weight, (weight * self.norm.bias).sum(dim=1) + self.proj.bias)
 
     def attend(self, qk, v):
         """The heads side by side, each with its LayerNorm if it has one. (B, N, 2 * maps * D), (B, N, D) -> like v"""
