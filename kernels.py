@@ -215,15 +215,17 @@ def grouped_conv(x, weight, bias, groups):
 
 # ----------------------------------------------------------------------------------------------- differential attention
 
-def diff_attention_plain(qk, v, n_head, diff_lambda, norm=True, eps=1e-5):
+def diff_attention_plain(qkv, bias, n_head, diff_lambda, norm=True, eps=1e-5):
     """head_i = LN((softmax(Q1 K1^T / sqrt(d)) - lambda softmax(Q2 K2^T / sqrt(d))) V) (arXiv 2507.02666, eq. 1-3),
     the LayerNorm without weight and bias and only if `norm`.
 
-    qk (B, N, 4 h d), a token's row being Q1, Q2, K1, K2 of all heads; v (B, N, h d) -> (B, N, h d)
+    qkv (B, N, 5 h d), a token's row being Q1, Q2, K1, K2 and V of all heads; bias (5 h d,), which the linear layer
+    before has added to every token, leaving its gradient to this function, which has qkv's at hand -> (B, N, h d)
     """
-    B, N, D = v.shape
-    q, k = qk.view(B, N, 2, 2 * n_head, D // n_head).permute(2, 0, 3, 1, 4)     # (B, 2 h, N, d) each
-    v = v.view(B, N, n_head, D // n_head).transpose(1, 2)                       # (B, h, N, d)
+    B, N, D = *qkv.shape[:2], qkv.shape[2] // 5
+    qk, v = (qkv + (bias - bias.detach()).to(qkv.dtype)).split([4 * D, D], dim=2)
+    q, k = qk.reshape(B, N, 2, 2 * n_head, D // n_head).permute(2, 0, 3, 1, 4)  # (B, 2 h, N, d) each
+    v = v.reshape(B, N, n_head, D // n_head).transpose(1, 2)                    # (B, h, N, d)
     y1, y2 = F.scaled_dot_product_attention(q, k, torch.cat([v, v], dim=1)).chunk(2, dim=1)
     y = (y1 - diff_lambda * y2).transpose(1, 2)                                 # (B, N, h, d)
     if norm:
@@ -248,23 +250,24 @@ def put(x, value, first, stride, N: tl.constexpr, d: tl.constexpr, ROWS: tl.cons
 
 
 @jit
-def attention_kernel(qk, v, out, lse, rstd, scale, diff_lambda, eps, H: tl.constexpr, N: tl.constexpr,
+def attention_kernel(qkv, out, lse, rstd, scale, diff_lambda, eps, H: tl.constexpr, N: tl.constexpr,
                      d: tl.constexpr, NORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                      WIDTH: tl.constexpr):
     """out = norm((A1 - lambda A2) V); one program per BLOCK_M queries of a head of a sequence, with all of its keys.
 
-    qk (B, N, 4 h d): Q1, Q2, K1, K2; v, out (B, N, h d). For the gradients: lse (B h, 2, N), log2 of the softmaxes'
+    qkv (B, N, 5 h d): Q1, Q2, K1, K2, V; out (B, N, h d). For the gradients: lse (B h, 2, N), log2 of the softmaxes'
     denominators, and rstd (B h, N) of the norm. scale includes log2(e), since exp2 is what the hardware has.
     """
     BLOCKS: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
+    D: tl.constexpr = H * d
     pid, first = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS * BLOCK_M
-    offset = (pid // H).to(tl.int64) * N * H * d
-    qk, v, out = qk + 4 * offset + pid % H * d, v + offset + pid % H * d, out + offset + pid % H * d
+    offset, head = (pid // H).to(tl.int64) * N * D, pid % H * d
+    qkv, out = qkv + 5 * offset + head, out + offset + head
     token, key = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     a = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for i in range(2):                                                      # the two maps
-        q = tile(qk + i * H * d, first, 4 * H * d, N, d, BLOCK_M, WIDTH)
-        k = tile(qk + (2 + i) * H * d, 0, 4 * H * d, N, d, BLOCK_N, WIDTH)
+        q = tile(qkv + i * D, first, 5 * D, N, d, BLOCK_M, WIDTH)
+        k = tile(qkv + (2 + i) * D, 0, 5 * D, N, d, BLOCK_N, WIDTH)
         s = tl.dot(q, tl.trans(k), input_precision='ieee') * scale
         s = tl.where((key < N)[None, :], s, float('-inf'))
         top = tl.max(s, 1)
@@ -272,140 +275,152 @@ def attention_kernel(qk, v, out, lse, rstd, scale, diff_lambda, eps, H: tl.const
         total = tl.sum(p, 1)
         a += p * (tl.where(i == 0, 1.0, -diff_lambda) / total)[:, None]
         tl.store(lse + (2 * pid + i) * N + token, top + tl.log2(total), mask=token < N)
-    y = tl.dot(a.to(v.dtype.element_ty), tile(v, 0, H * d, N, d, BLOCK_N, WIDTH), input_precision='ieee')
+    v = tile(qkv + 4 * D, 0, 5 * D, N, d, BLOCK_N, WIDTH)
+    y = tl.dot(a.to(v.dtype), v, input_precision='ieee')
     if NORM:
         y -= (tl.sum(y, 1) / d)[:, None]
         y = tl.where((tl.arange(0, WIDTH) < d)[None, :], y, 0.0)
         r = 1 / tl.sqrt(tl.sum(y * y, 1) / d + eps)
         y *= r[:, None]
         tl.store(rstd + pid * N + token, r, mask=token < N)
-    put(out, y, first, H * d, N, d, BLOCK_M, WIDTH)
+    put(out, y, first, D, N, d, BLOCK_M, WIDTH)
 
 
 @jit
-def attention_query_kernel(qk, v, out, lse, rstd, grad, grad_y, delta, grad_qk, scale, diff_lambda, H: tl.constexpr,
-                           N: tl.constexpr, d: tl.constexpr, NORM: tl.constexpr, BLOCK_M: tl.constexpr,
-                           BLOCK_N: tl.constexpr, WIDTH: tl.constexpr):
-    """Gradients of BLOCK_M queries, with all keys. For the keys' turn it also leaves grad_y (B, N, h d), the gradient
-    before the norm, and delta (B h, 2, N), each map's row sums of A dA. The maps are computed again."""
+def attention_query_kernel(qkv, out, lse, rstd, grad, grad_y, delta, grad_qkv, sums, scale, diff_lambda,
+                           H: tl.constexpr, N: tl.constexpr, d: tl.constexpr, NORM: tl.constexpr,
+                           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr):
+    """Gradients of BLOCK_M queries, with all keys, and their sums over these queries, (B, blocks, 2 h d). For the
+    keys' turn it also leaves grad_y (B, N, h d), the gradient before the norm, and delta (B h, 2, N), each map's row
+    sums of A dA. The maps are computed again."""
     BLOCKS: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
-    pid, first = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS * BLOCK_M
-    offset = (pid // H).to(tl.int64) * N * H * d
-    qk, v, grad = qk + 4 * offset + pid % H * d, v + offset + pid % H * d, grad + offset + pid % H * d
-    grad_qk += 4 * offset + pid % H * d
-    token, key = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    g = tile(grad, first, H * d, N, d, BLOCK_M, WIDTH)
+    D: tl.constexpr = H * d
+    pid, block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
+    first, offset, head = block * BLOCK_M, (pid // H).to(tl.int64) * N * D, pid % H * d
+    qkv, grad, grad_qkv = qkv + 5 * offset + head, grad + offset + head, grad_qkv + 5 * offset + head
+    sums += (pid // H * BLOCKS + block) * 2 * D + head
+    token, key, channel = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, WIDTH)
+    g = tile(grad, first, D, N, d, BLOCK_M, WIDTH)
     if NORM:
         # y = (x - mean) r:  dx = r (dy - mean(dy) - y mean(dy y)). Beyond d it is not zero, but meets zeros of v
         g = g.to(tl.float32)
-        y = tile(out + offset + pid % H * d, first, H * d, N, d, BLOCK_M, WIDTH).to(tl.float32)
+        y = tile(out + offset + head, first, D, N, d, BLOCK_M, WIDTH).to(tl.float32)
         r = tl.load(rstd + pid * N + token, mask=token < N, other=0.0)
         g = (g - (tl.sum(g, 1) / d)[:, None] - y * (tl.sum(g * y, 1) / d)[:, None]) * r[:, None]
-        g = g.to(v.dtype.element_ty)
-        put(grad_y + offset + pid % H * d, g, first, H * d, N, d, BLOCK_M, WIDTH)
-    da = tl.dot(g, tl.trans(tile(v, 0, H * d, N, d, BLOCK_N, WIDTH)), input_precision='ieee')
+        g = g.to(qkv.dtype.element_ty)
+        put(grad_y + offset + head, g, first, D, N, d, BLOCK_M, WIDTH)
+    v = tile(qkv + 4 * D, 0, 5 * D, N, d, BLOCK_N, WIDTH)
+    da = tl.dot(g, tl.trans(v), input_precision='ieee')
     for i in range(2):
-        q = tile(qk + i * H * d, first, 4 * H * d, N, d, BLOCK_M, WIDTH)
-        k = tile(qk + (2 + i) * H * d, 0, 4 * H * d, N, d, BLOCK_N, WIDTH)
+        q = tile(qkv + i * D, first, 5 * D, N, d, BLOCK_M, WIDTH)
+        k = tile(qkv + (2 + i) * D, 0, 5 * D, N, d, BLOCK_N, WIDTH)
         s = tl.dot(q, tl.trans(k), input_precision='ieee') * scale
         log_total = tl.load(lse + (2 * pid + i) * N + token, mask=token < N, other=float('inf'))
         a = tl.where((key < N)[None, :], tl.exp2(s - log_total[:, None]), 0.0)
         row = tl.sum(a * da, 1)
         tl.store(delta + (2 * pid + i) * N + token, row, mask=token < N)
         ds = a * (da - row[:, None]) * (tl.where(i == 0, 1.0, -diff_lambda) * scale * 0.6931471805599453)
-        gq = tl.dot(ds.to(v.dtype.element_ty), k, input_precision='ieee')
-        put(grad_qk + i * H * d, gq, first, 4 * H * d, N, d, BLOCK_M, WIDTH)
+        gq = tl.dot(ds.to(k.dtype), k, input_precision='ieee')
+        put(grad_qkv + i * D, gq, first, 5 * D, N, d, BLOCK_M, WIDTH)
+        tl.store(sums + i * D + channel, tl.sum(gq, 0), mask=channel < d)   # beyond N it is zero
 
 
 @jit
-def attention_key_kernel(qk, v, lse, grad_y, delta, grad_qk, grad_v, scale, diff_lambda, H: tl.constexpr,
+def attention_key_kernel(qkv, lse, grad_y, delta, grad_qkv, sums, scale, diff_lambda, H: tl.constexpr,
                          N: tl.constexpr, d: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                          WIDTH: tl.constexpr):
-    """Gradients of BLOCK_M keys and values, with all queries."""
+    """Gradients of BLOCK_M keys and values, with all queries, and the sums of the values', (B, blocks, h d)."""
     BLOCKS: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
-    pid, first = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS * BLOCK_M
-    offset = (pid // H).to(tl.int64) * N * H * d
-    qk, v, grad_y = qk + 4 * offset + pid % H * d, v + offset + pid % H * d, grad_y + offset + pid % H * d
-    grad_qk, grad_v = grad_qk + 4 * offset + pid % H * d, grad_v + offset + pid % H * d
-    token = tl.arange(0, BLOCK_N)
-    g = tile(grad_y, 0, H * d, N, d, BLOCK_N, WIDTH)                        # of all queries
-    # transposed maps, (BLOCK_M keys, BLOCK_N queries). Keys beyond N get numbers that are not stored
-    da = tl.dot(tile(v, first, H * d, N, d, BLOCK_M, WIDTH), tl.trans(g), input_precision='ieee')
+    D: tl.constexpr = H * d
+    pid, block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
+    first, offset, head = block * BLOCK_M, (pid // H).to(tl.int64) * N * D, pid % H * d
+    qkv, grad_qkv = qkv + 5 * offset + head, grad_qkv + 5 * offset + head
+    token, channel = tl.arange(0, BLOCK_N), tl.arange(0, WIDTH)
+    g = tile(grad_y + offset + head, 0, D, N, d, BLOCK_N, WIDTH)            # of all queries
+    # transposed maps, (BLOCK_M keys, BLOCK_N queries). Keys beyond N get numbers that go nowhere
+    v = tile(qkv + 4 * D, first, 5 * D, N, d, BLOCK_M, WIDTH)
+    da = tl.dot(v, tl.trans(g), input_precision='ieee')
     gv = tl.zeros((BLOCK_M, WIDTH), tl.float32)
     for i in range(2):
-        q = tile(qk + i * H * d, 0, 4 * H * d, N, d, BLOCK_N, WIDTH)
-        k = tile(qk + (2 + i) * H * d, first, 4 * H * d, N, d, BLOCK_M, WIDTH)
+        q = tile(qkv + i * D, 0, 5 * D, N, d, BLOCK_N, WIDTH)
+        k = tile(qkv + (2 + i) * D, first, 5 * D, N, d, BLOCK_M, WIDTH)
         s = tl.dot(k, tl.trans(q), input_precision='ieee') * scale
         log_total = tl.load(lse + (2 * pid + i) * N + token, mask=token < N, other=float('inf'))
         a = tl.exp2(s - log_total[None, :]) * tl.where(i == 0, 1.0, -diff_lambda)
-        gv = tl.dot(a.to(v.dtype.element_ty), g, gv, input_precision='ieee')
+        gv = tl.dot(a.to(g.dtype), g, gv, input_precision='ieee')
         row = tl.load(delta + (2 * pid + i) * N + token, mask=token < N, other=0.0)
         ds = a * (da - row[None, :]) * (scale * 0.6931471805599453)
-        gk = tl.dot(ds.to(v.dtype.element_ty), q, input_precision='ieee')
-        put(grad_qk + (2 + i) * H * d, gk, first, 4 * H * d, N, d, BLOCK_M, WIDTH)
-    put(grad_v, gv, first, H * d, N, d, BLOCK_M, WIDTH)
+        gk = tl.dot(ds.to(q.dtype), q, input_precision='ieee')
+        put(grad_qkv + (2 + i) * D, gk, first, 5 * D, N, d, BLOCK_M, WIDTH)
+    put(grad_qkv + 4 * D, gv, first, 5 * D, N, d, BLOCK_M, WIDTH)
+    gv = tl.where((first + tl.arange(0, BLOCK_M) < N)[:, None], gv, 0.0)
+    tl.store(sums + (pid // H * BLOCKS + block) * D + head + channel, tl.sum(gv, 0), mask=channel < d)
 
 
 @torch.library.custom_op('asda::diff_attention', mutates_args=())
-def attention_op(qk: torch.Tensor, v: torch.Tensor, n_head: int, diff_lambda: float, norm: bool,
+def attention_op(qkv: torch.Tensor, bias: torch.Tensor, n_head: int, diff_lambda: float, norm: bool,
                  eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> result (B, N, h d), and for the gradients lse (B h, 2, N), rstd (B h, N or, without norm, 0)"""
-    qk, v = qk.contiguous(), v.contiguous()
-    B, N, D = v.shape
-    out, lse, rstd = attention_like(qk, v, n_head, diff_lambda, norm, eps)
-    how, grid = attention_launch('attention', v, n_head)
-    attention_kernel[grid](qk, v, out, lse, rstd, math.log2(math.e) / math.sqrt(D // n_head), diff_lambda, eps,
+    qkv = qkv.contiguous()
+    out, lse, rstd = attention_like(qkv, bias, n_head, diff_lambda, norm, eps)
+    how, grid = attention_launch('attention', qkv, n_head)
+    attention_kernel[grid](qkv, out, lse, rstd, math.log2(math.e) / math.sqrt(how['d']), diff_lambda, eps,
                            NORM=norm, **how)
     return out, lse, rstd
 
 
-def attention_launch(kernel, v, n_head):
+def attention_launch(kernel, qkv, n_head):
     """The arguments of LAUNCH together with those that follow from the shapes, and the grid."""
-    B, N, D = v.shape
-    how = dict(launch_on(kernel, v), H=n_head, N=N, d=D // n_head, BLOCK_N=power_of_two(N),
-               WIDTH=power_of_two(D // n_head))
+    B, N, width = qkv.shape
+    d = width // (5 * n_head)
+    how = dict(launch_on(kernel, qkv), H=n_head, N=N, d=d, BLOCK_N=power_of_two(N), WIDTH=power_of_two(d))
     how['BLOCK_M'] = min(how['BLOCK_M'], how['BLOCK_N'])
     return how, (B * n_head * triton.cdiv(N, how['BLOCK_M']),)
 
 
 @torch.library.custom_op('asda::diff_attention_grad', mutates_args=())
-def attention_grad_op(qk: torch.Tensor, v: torch.Tensor, out: torch.Tensor | None, lse: torch.Tensor,
-                      rstd: torch.Tensor, grad: torch.Tensor, n_head: int, diff_lambda: float,
+def attention_grad_op(qkv: torch.Tensor, out: torch.Tensor | None, lse: torch.Tensor, rstd: torch.Tensor,
+                      grad: torch.Tensor, n_head: int, diff_lambda: float,
                       norm: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> gradients of qk and v. `out`, the result, is used only with norm."""
-    qk, v, grad = qk.contiguous(), v.contiguous(), grad.contiguous()
-    grad_qk, grad_v, delta = torch.empty_like(qk), torch.empty_like(v), torch.empty_like(lse)
-    grad_y = torch.empty_like(grad) if norm else grad
-    scale = math.log2(math.e) / math.sqrt(v.shape[-1] // n_head)
-    how, grid = attention_launch('attention queries', v, n_head)
-    attention_query_kernel[grid](qk, v, out if norm else v, lse, rstd, grad, grad_y, delta, grad_qk, scale, diff_lambda,
-                                 NORM=norm, **how)
-    how, grid = attention_launch('attention keys', v, n_head)
-    attention_key_kernel[grid](qk, v, lse, grad_y, delta, grad_qk, grad_v, scale, diff_lambda, **how)
-    return grad_qk, grad_v
+    """-> gradients of qkv and, in float32, of the bias. `out`, the result, is used only with norm."""
+    qkv, grad = qkv.contiguous(), grad.contiguous()
+    grad_qkv, delta, grad_y = torch.empty_like(qkv), torch.empty_like(lse), torch.empty_like(grad) if norm else grad
+    D = grad.shape[-1]
+    scale = math.log2(math.e) / math.sqrt(D // n_head)
+    how, grid = attention_launch('attention queries', qkv, n_head)
+    sum_q = qkv.new_empty(grid[0] // n_head, 2 * D, dtype=torch.float32)
+    attention_query_kernel[grid](qkv, out if norm else grad, lse, rstd, grad, grad_y, delta, grad_qkv, sum_q,
+                                 scale, diff_lambda, NORM=norm, **how)
+    how, grid = attention_launch('attention keys', qkv, n_head)
+    sum_v = qkv.new_empty(grid[0] // n_head, D, dtype=torch.float32)
+    attention_key_kernel[grid](qkv, lse, grad_y, delta, grad_qkv, sum_v, scale, diff_lambda, **how)
+    # what is added to all keys alike leaves a softmax as it is: the gradient of the keys' bias is zero
+    return grad_qkv, torch.cat([sum_q.sum(0), sum_q.new_zeros(2 * D), sum_v.sum(0)])
 
 
 @attention_op.register_fake
-def attention_like(qk, v, n_head, diff_lambda, norm, eps):
-    B, N, _ = v.shape
-    return (v.new_empty(v.shape), v.new_empty(B * n_head, 2, N, dtype=torch.float32),
-            v.new_empty(B * n_head, N if norm else 0, dtype=torch.float32))
+def attention_like(qkv, bias, n_head, diff_lambda, norm, eps):
+    B, N, width = qkv.shape
+    return (qkv.new_empty(B, N, width // 5), qkv.new_empty(B * n_head, 2, N, dtype=torch.float32),
+            qkv.new_empty(B * n_head, N if norm else 0, dtype=torch.float32))
 
 
 @attention_grad_op.register_fake
-def _(qk, v, out, lse, rstd, grad, n_head, diff_lambda, norm):
-    return qk.new_empty(qk.shape), v.new_empty(v.shape)
+def _(qkv, out, lse, rstd, grad, n_head, diff_lambda, norm):
+    return qkv.new_empty(qkv.shape), qkv.new_empty(qkv.shape[2], dtype=torch.float32)
 
 
 def save_attention(ctx, inputs, output):
-    qk, v, ctx.n_head, ctx.diff_lambda, ctx.norm, _ = inputs
+    qkv, bias, ctx.n_head, ctx.diff_lambda, ctx.norm, _ = inputs
     out, lse, rstd = output
-    ctx.save_for_backward(qk, v, out if ctx.norm else None, lse, rstd)
+    ctx.save_for_backward(qkv, out if ctx.norm else None, lse, rstd)
     ctx.mark_non_differentiable(lse, rstd)
+    ctx.bias_type = bias.dtype
 
 
 def attention_backward(ctx, grad, *_):
-    return *attention_grad_op(*ctx.saved_tensors, grad, ctx.n_head, ctx.diff_lambda, ctx.norm), None, None, None, None
+    grad_qkv, grad_bias = attention_grad_op(*ctx.saved_tensors, grad, ctx.n_head, ctx.diff_lambda, ctx.norm)
+    return grad_qkv, grad_bias.to(ctx.bias_type), None, None, None, None
 
 
 attention_op.register_autograd(attention_backward, setup_context=save_attention)
@@ -416,11 +431,11 @@ def diff_attention_fits(N, d, dtype):
     return N <= MAX_TOKENS and d <= MAX_WIDTH and dtype in (torch.bfloat16, torch.float16)
 
 
-def diff_attention(qk, v, n_head, diff_lambda, norm=True, eps=1e-5):
-    """diff_attention_plain by Triton, for shapes that diff_attention_fits. The result has the type of its inputs, under
-    autocast too, where the plain LayerNorm gives float32. qk (B, N, 4 h d), v (B, N, h d) -> (B, N, h d)"""
-    dtype = autocast_type(v)
-    return attention_op(qk.to(dtype), v.to(dtype), n_head, diff_lambda, norm, eps)[0]
+def diff_attention(qkv, bias, n_head, diff_lambda, norm=True, eps=1e-5):
+    """diff_attention_plain by Triton, for shapes that diff_attention_fits. The result has the type of qkv, which is
+    autocast's, where the plain LayerNorm gives float32; bias and its gradient may stay float32.
+    qkv (B, N, 5 h d), bias (5 h d,) -> (B, N, h d)"""
+    return attention_op(qkv.to(autocast_type(qkv)), bias, n_head, diff_lambda, norm, eps)[0]
 
 
 # ------------------------------------------------------------------------------------------------------------- choosing
@@ -451,7 +466,7 @@ def trial(name, shape, device):
         grid = V, rows, columns, D
         return [normal(*grid)], [normal(D, D // groups, 3, 3) / 16, normal(D)], (groups,), normal(*grid)
     B, N, h, d, diff_lambda, norm = shape
-    return [normal(B, N, 4 * h * d), normal(B, N, h * d)], [], (h, diff_lambda, norm), normal(B, N, h * d)
+    return [normal(B, N, 5 * h * d)], [normal(5 * h * d) / 2], (h, diff_lambda, norm), normal(B, N, h * d)
 
 
 def results(function, tensors, others, grad, dtype):

@@ -132,8 +132,8 @@ class LayerNorm(nn.LayerNorm):
 
 
 def linear(x, weight, bias):
-    """F.linear. In float32 on a CPU it goes as a 1 x 1 convolution, since PyTorch gives that to oneDNN and a linear layer
-    to MKL, which takes twice as long on an AMD processor."""
+    """F.linear. In float32 on a CPU it goes as a 1 x 1 convolution, since PyTorch gives that to oneDNN and a linear
+    layer to MKL, which takes twice as long on an AMD processor."""
     if x.device.type != 'cpu' or x.dtype != torch.float32 or kernels.autocast_type(x) != torch.float32:
         return F.linear(x, weight, bias)
     # With one thread PyTorch gives oneDNN only 16 images and more. torch.compile cannot follow a count of threads.
@@ -170,11 +170,12 @@ class DiffAttention(nn.Module):
         """(B, N, D) -> (B, N, D)"""
         N, D = x.shape[1:]
         h, per_head = self.config.n_head, self.config.head_norm == 'per_head'
-        qk, v = self.qk(x), self.v(x)                                       # (B, N, 2 * maps * D), (B, N, D)
-        if self.fused and kernels.diff_attention_fits(N, D // h, v.dtype):
-            y = kernels.diff_attention(qk, v, h, self.config.diff_lambda, per_head, TARGET_EPS)
+        if self.fused and kernels.diff_attention_fits(N, D // h, kernels.autocast_type(x)):
+            weight, bias = torch.cat([self.qk.weight, self.v.weight]), torch.cat([self.qk.bias, self.v.bias])
+            qkv = F.linear(x, weight, bias.detach())                        # the next line has the bias's gradient
+            y = kernels.diff_attention(qkv, bias, h, self.config.diff_lambda, per_head, TARGET_EPS)
         else:
-            y = self.attend(qk, v)                                          # (B, N, D)
+            y = self.attend(self.qk(x), self.v(x))                          # (B, N, D)
         if not per_head:
             return self.proj((self.norm(y) if self.config.head_norm == 'all' else y) * self.config.attn_scale)
         # W_O (w y + b) = (W_O w) y + W_O b: on the weights it costs less than on the tokens

@@ -35,12 +35,12 @@ def test_plain_convolution_is_conv2d_over_channels_first():
 @pytest.mark.parametrize('norm', [True, False])
 def test_plain_attention_is_the_papers_equation(norm):
     B, N, h, d = 2, 7, 3, 4
-    qk, v = torch.randn(B, N, 4 * h * d), torch.randn(B, N, h * d)
-    q1, q2, k1, k2 = (x.view(B, N, h, d).transpose(1, 2) for x in qk.chunk(4, dim=-1))
+    qkv, bias = torch.randn(B, N, 5 * h * d), torch.randn(5 * h * d)
+    q1, q2, k1, k2, v = (x.view(B, N, h, d).transpose(1, 2) for x in qkv.chunk(5, dim=-1))
     a = (q1 @ k1.mT / d ** 0.5).softmax(-1) - 0.3 * (q2 @ k2.mT / d ** 0.5).softmax(-1)
-    y = (a @ v.view(B, N, h, d).transpose(1, 2)).transpose(1, 2)
+    y = (a @ v).transpose(1, 2)
     y = F.layer_norm(y, (d,), eps=1e-5) if norm else y
-    torch.testing.assert_close(kernels.diff_attention_plain(qk, v, h, 0.3, norm), y.reshape(B, N, h * d))
+    torch.testing.assert_close(kernels.diff_attention_plain(qkv, bias, h, 0.3, norm), y.reshape(B, N, h * d))
 
 
 def test_what_attention_takes():
