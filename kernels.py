@@ -8,6 +8,7 @@ B sequences of N tokens, h heads of width d. Products are summed in float32 what
 in an order that may vary, so the same inputs give the same bits.
 """
 import math
+import re
 import statistics
 import time
 import types
@@ -25,33 +26,50 @@ except ImportError:                         # the plain expressions need none of
     def jit(function):
         return function
 
-# How each kernel is launched on a card that gives one program at least so many KiB of shared memory: 99 for compute
-# capability 8.6, 8.9 and 12.0, 163 for 8.0, 227 for 9.0 and 10.0. BLOCK_M: positions, queries or keys at a time;
-# BLOCK_K: how many of the 9 C inputs of a position at a time. float32 uses no tensor cores here and needs more room.
+# How each kernel may be launched, and the KiB of shared memory that one program must be able to have for it: 99 for
+# compute capability 8.6, 8.9 and 12.0, 163 for 8.0, 227 for 9.0 and 10.0. `tune` times what fits and keeps the fastest;
+# untimed, the first that fits counts. BLOCK_M: positions, queries or keys at a time; BLOCK_K: how many of the 9 C
+# inputs of a position at a time. float32 uses no tensor cores here and needs more room.
 LAUNCH = {
-    'conv': {99: dict(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=3)},
-    'conv float32': {99: dict(BLOCK_M=64, BLOCK_K=32, num_warps=4, num_stages=2)},
-    'conv weight': {99: dict(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=3)},
-    'conv weight float32': {99: dict(BLOCK_M=32, BLOCK_K=32, num_warps=4, num_stages=2)},
-    'attention': {99: dict(BLOCK_M=64, num_warps=8, num_stages=1)},
-    'attention queries': {99: dict(BLOCK_M=64, num_warps=8, num_stages=1)},
-    'attention keys': {99: dict(BLOCK_M=32, num_warps=8, num_stages=1),
-                       227: dict(BLOCK_M=64, num_warps=8, num_stages=1)},
+    'conv': [(99, dict(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=3)),
+             (99, dict(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=4)),
+             (99, dict(BLOCK_M=128, BLOCK_K=64, num_warps=8, num_stages=3))],
+    'conv weight': [(99, dict(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=3)),
+                    (99, dict(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=3)),
+                    (99, dict(BLOCK_M=128, BLOCK_K=64, num_warps=4, num_stages=3))],
+    'conv float32': [(99, dict(BLOCK_M=64, BLOCK_K=32, num_warps=4, num_stages=2))],
+    'conv weight float32': [(99, dict(BLOCK_M=32, BLOCK_K=32, num_warps=4, num_stages=2))],
+    'attention': [(99, dict(BLOCK_M=64, num_warps=8, num_stages=1)),
+                  (99, dict(BLOCK_M=32, num_warps=8, num_stages=1)),
+                  (99, dict(BLOCK_M=32, num_warps=4, num_stages=1))],
+    'attention queries': [(99, dict(BLOCK_M=64, num_warps=8, num_stages=1)),
+                          (99, dict(BLOCK_M=32, num_warps=8, num_stages=1)),
+                          (99, dict(BLOCK_M=32, num_warps=4, num_stages=1))],
+    'attention keys': [(227, dict(BLOCK_M=64, num_warps=8, num_stages=1)),
+                       (99, dict(BLOCK_M=32, num_warps=8, num_stages=1)),
+                       (99, dict(BLOCK_M=32, num_warps=4, num_stages=1))],
 }
+tuned = {}                      # {kernel: place in its list of LAUNCH}, what `tune` found or `recall` was told
 SPLITS = 32                     # parts of the positions whose weight gradients are computed side by side
 MAX_TOKENS, MAX_WIDTH = 128, 96     # what attention's programs hold without spilling registers
 
 
 def launch(kernel, shared_kib):
-    """The entry of LAUNCH for a card with so much shared memory."""
-    return LAUNCH[kernel][max(least for least in LAUNCH[kernel] if least <= shared_kib)]
+    """The launch that is tuned, if a card with so much shared memory can do it, or else the first that it can."""
+    fitting = [i for i, (least, _) in enumerate(LAUNCH[kernel]) if least <= shared_kib]
+    return LAUNCH[kernel][tuned[kernel] if tuned.get(kernel) in fitting else fitting[0]][1]
 
 
 def launch_on(kernel, x):
-    """The same for a tensor's card. Triton's interpreter, on a CPU, takes any."""
-    if x.device.type != 'cuda':
-        return launch(kernel, 99)
-    return launch(kernel, torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin // 1024)
+    """The same for a tensor's card."""
+    return launch(kernel, shared_memory(x.device))
+
+
+def shared_memory(device):
+    """KiB of shared memory that one program may have. Triton's interpreter, on a CPU, takes any."""
+    if device.type != 'cuda':
+        return 99
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin // 1024
 
 
 def power_of_two(n, least=16):
@@ -450,7 +468,7 @@ def unusable(device):
         return 'Triton is not installed'
     if torch.device(device).type != 'cuda':
         return f'the device is {device}, not CUDA'
-    if torch.cuda.get_device_properties(device).shared_memory_per_block_optin < 99 * 1024:
+    if shared_memory(torch.device(device)) < 99:
         return f'{torch.cuda.get_device_name(device)} has too little shared memory'
 
 
@@ -490,15 +508,64 @@ def milliseconds(function, tensors, *arguments, repeats=5):
     return statistics.median(times[2:])
 
 
+def kernels_of(name, dtype):
+    """The keys of LAUNCH that belong to an expression in that type."""
+    return [kernel for kernel in LAUNCH if kernel.split()[0] == name
+            and (name != 'conv' or kernel.endswith('float32') == (dtype == torch.float32))]
+
+
+def tune(name, tensors, *arguments):
+    """Try the launches of an expression's kernels, one kernel after the other, each timed within results(kernel,
+    tensors, ...), and leave the fastest in `tuned`. Raises what Triton raises if none of a kernel's works."""
+    for kernel in kernels_of(name, tensors[0].dtype):
+        tuned.pop(kernel, None)
+        times, failure = {}, None
+        for i, (least, _) in enumerate(LAUNCH[kernel]):
+            if least <= shared_memory(tensors[0].device) and len(LAUNCH[kernel]) > 1:
+                tuned[kernel] = i
+                try:
+                    times[i] = milliseconds(EXPRESSIONS[name][1], tensors, *arguments)
+                except Exception as error:  # a launch that this card or this Triton refuses; another may do
+                    failure = error
+        if failure and not times:
+            raise failure
+        if times:
+            tuned[kernel] = min(times, key=times.get)
+
+
+def tuned_name(name):
+    """An expression together with the launches that are tuned: 'conv', or 'conv:0.2' for the first launch of its first
+    kernel and the third of its second."""
+    places = [str(tuned[kernel]) for kernel in LAUNCH if kernel.split()[0] == name and kernel in tuned]
+    return ':'.join([name, '.'.join(places)]) if places else name
+
+
+def recall(text):
+    """Use the launches of what tuned_name has given -> the expression's name. Raises ValueError for anything else."""
+    name, _, places = text.partition(':')
+    if name not in EXPRESSIONS:
+        raise ValueError(f'{text} is no kernel')
+    kernels = kernels_of(name, torch.bfloat16)
+    for kernel in kernels:
+        tuned.pop(kernel, None)
+    if places:
+        if not re.fullmatch(r'\d(\.\d)*', places) or len(places.split('.')) != len(kernels) or any(
+                int(place) >= len(LAUNCH[kernel]) for kernel, place in zip(kernels, places.split('.'))):
+            raise ValueError(f'{text} is no kernel: after the colon stand the places of its launches')
+        tuned.update(zip(kernels, map(int, places.split('.'))))
+    return name
+
+
 def examine(name, shape, device, dtype):
-    """Run a kernel and its plain expression. -> (error or None, plain ms, kernel ms); an error is a line that says what
-    is wrong with the kernel."""
+    """Run a kernel, in its fastest launch, and its plain expression. -> (error or None, plain ms, kernel ms); an error
+    is a line that says what is wrong with the kernel."""
     plain, kernel = EXPRESSIONS[name]
     data, parameters, others, grad = trial(name, shape, device)
     exact = results(plain, [x.requires_grad_() for x in data + parameters], others, grad, torch.float32)
     # as in training the data come in dtype, the parameters in float32
     tensors = [x.detach().to(dtype).requires_grad_() for x in data] + parameters
     del data
+    tune(name, tensors, others, grad, dtype)
     found = {f: [((a - b).norm() / b.norm()).item() for a, b in zip(results(f, tensors, others, grad, dtype), exact)]
              for f in (plain, kernel)}
     del exact
@@ -540,5 +607,6 @@ def choose(mode, shapes, device, dtype):
             reasons[name] = wrong
             continue
         choice[name] = 'triton' if mode == 'triton' or kernel < plain else 'torch'
-        reasons[name] = f'forward and backward {kernel:.2f} ms in Triton, {plain:.2f} ms in PyTorch'
+        reasons[name] = (f'forward and backward {kernel:.2f} ms in Triton ({tuned_name(name)}), '
+                         f'{plain:.2f} ms in PyTorch')
     return choice, reasons

@@ -158,8 +158,8 @@ def make_optimizer(model, settings, process):
 
 
 def choose_kernels(model, config, settings, resumed, process):
-    """Layers that Triton computes, as settings.kernels says: the choice of one process, or of the checkpoint that goes
-    on, holds for all."""
+    """Layers that Triton computes, and how it launches them, as settings.kernels says: the choice of one process, or of
+    the checkpoint that goes on, holds for all."""
     dtype = getattr(torch, settings.dtype)
     clips = settings.batch_size // process.world // settings.accumulate
     if settings.kernels == 'auto' and resumed:
@@ -173,12 +173,14 @@ def choose_kernels(model, config, settings, resumed, process):
         if len(set(reasons.values())) > 1:                                  # else no kernel was tried, for one reason
             for name, reason in reasons.items():
                 process.print(f'{name} by {"Triton" if choice[name] == "triton" else "PyTorch"}: {reason}')
-        choice = process.gather(choice)[0]
-        settings.kernels = ','.join(name for name in choice if choice[name] == 'triton') or 'torch'
+        names = [triton_kernels.tuned_name(name) for name in choice if choice[name] == 'triton']
+        settings.kernels = ','.join(process.gather(names)[0]) or 'torch'
     names = data.words(settings.kernels)
     if names != ['torch']:
-        wrong = [name for name in names if name not in triton_kernels.EXPRESSIONS]
-        missing = f'{wrong[0]} is no kernel' if wrong else triton_kernels.unusable(process.device)
+        try:
+            names, missing = [triton_kernels.recall(name) for name in names], triton_kernels.unusable(process.device)
+        except ValueError as error:
+            missing = error
         if missing:
             raise configurator.ConfigError(f'kernels = {settings.kernels!r}, but {missing}: write --kernels=torch')
     use_kernels(model, names)

@@ -78,7 +78,6 @@ def launches(monkeypatch, kib, name, shape, dtype):
     """What a forward and backward pass of a kernel launches on a card with so much shared memory:
     [(function, arguments, keyword arguments)]."""
     found = []
-    monkeypatch.setattr(kernels, 'launch_on', lambda kernel, x: kernels.launch(kernel, kib))
 
     class Recorder:
         def __init__(self, function):
@@ -87,12 +86,14 @@ def launches(monkeypatch, kib, name, shape, dtype):
         def __getitem__(self, grid):
             assert all(0 < n < 2 ** 16 for n in grid[1:])
             return lambda *arguments, **options: found.append((self.function, arguments, options))
-    for function in ('conv_kernel', 'conv_weight_kernel', 'attention_kernel', 'attention_query_kernel',
-                     'attention_key_kernel'):
-        monkeypatch.setattr(kernels, function, Recorder(getattr(kernels, function)))
     data, parameters, others, grad = kernels.trial(name, shape, 'cpu')
     tensors = [x.to(dtype).requires_grad_() for x in data] + [x.requires_grad_() for x in parameters]
-    kernels.results(kernels.EXPRESSIONS[name][1], tensors, others, grad, dtype)
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, 'launch_on', lambda kernel, x: kernels.launch(kernel, kib))
+        for function in ('conv_kernel', 'conv_weight_kernel', 'attention_kernel', 'attention_query_kernel',
+                         'attention_key_kernel'):
+            patch.setattr(kernels, function, Recorder(getattr(kernels, function)))
+        kernels.results(kernels.EXPRESSIONS[name][1], tensors, others, grad, dtype)
     return found
 
 
@@ -139,6 +140,19 @@ def test_compiles_without_spills_and_within_shared_memory(monkeypatch, tmp_path,
         assert shared <= CARDS[capability] * 1024 and usage['STACK'] == usage['LOCAL'] == 0
 
 
+@needs_triton
+@pytest.mark.parametrize('capability', CARDS)
+@pytest.mark.parametrize('name, shape', [('conv', (2, 63, 8, 768, 16)), ('attention', (1, 101, 8, 96, 0.3, True))])
+def test_every_launch_compiles_without_spills(monkeypatch, tmp_path, capability, name, shape):
+    monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
+    for place in (1, 2):
+        monkeypatch.setattr(kernels, 'tuned', {kernel: place for kernel in kernels.kernels_of(name, torch.bfloat16)})
+        found = launches(monkeypatch, CARDS[capability], name, shape, torch.bfloat16)
+        for launch in found[1:] if name == 'conv' else found:               # the input's gradient is the forward kernel
+            shared, usage = compiled(*launch, capability)
+            assert shared <= CARDS[capability] * 1024 and usage['STACK'] == usage['LOCAL'] == 0, (launch[2], usage)
+
+
 # ------------------------------------------------------------------------------------------------------------- choosing
 
 SHAPES = {'conv': (2, 3, 5, 8, 2), 'attention': (2, 5, 2, 4, 0.3, True)}
@@ -153,6 +167,7 @@ def card(monkeypatch):
             return set_up.kernels.get(name, plain)(*arguments)
         kernel.called = name
         monkeypatch.setitem(kernels.EXPRESSIONS, name, (plain, kernel))
+    monkeypatch.setattr(kernels, 'tuned', {})
     monkeypatch.setattr(kernels, 'unusable', lambda device: None)
     monkeypatch.setattr(kernels, 'milliseconds', lambda f, *arguments: set_up.times[getattr(f, 'called', 'plain')])
     return set_up
@@ -182,7 +197,8 @@ def test_a_kernel_that_is_right_and_faster_is_taken(card, monkeypatch, dtype):
     monkeypatch.setattr(kernels, 'diff_attention_fits', lambda *shape: True)
     choice, reasons = choose('auto', SHAPES, 'cpu', dtype)
     assert choice == {'conv': 'triton', 'attention': 'triton'}
-    assert reasons['conv'] == 'forward and backward 1.00 ms in Triton, 2.00 ms in PyTorch'
+    launches = {torch.bfloat16: 'conv:0.0', torch.float32: 'conv'}[dtype]
+    assert reasons['conv'] == f'forward and backward 1.00 ms in Triton ({launches}), 2.00 ms in PyTorch'
 
 
 @pytest.mark.parametrize('kernel, words', [(off_in_one_number, 'result is off'), (off_in_backward, 'gradient 0 is off'),
@@ -195,6 +211,37 @@ def test_a_kernel_that_is_wrong_or_raises_is_refused(card, kernel, words):
     assert words in reasons['conv'] and '\n' not in reasons['conv']
     with pytest.raises(ValueError, match=f'^kernels = triton, but conv: {words}'):
         choose('triton', SHAPES, 'cpu', torch.bfloat16)
+
+
+def test_the_fastest_launch_of_each_kernel_is_kept(card, monkeypatch):
+    """Of a kernel whose every launch takes its own time, on a card where two of them fail."""
+    def milliseconds(function, *arguments):
+        if getattr(function, 'called', None) != 'attention':
+            return 9.0
+        places = [kernels.tuned.get(kernel, 0) for kernel in ('attention', 'attention queries', 'attention keys')]
+        if places[0] == 0 or places[2] == 0 and 'attention keys' in kernels.tuned:
+            raise RuntimeError('out of resource')
+        return 1 + abs(places[0] - 2) + abs(places[1] - 1) + abs(places[2] - 1)
+    monkeypatch.setattr(kernels, 'milliseconds', milliseconds)
+    monkeypatch.setattr(kernels, 'shared_memory', lambda device: 227)
+    choice, reasons = choose('auto', {'attention': SHAPES['attention']}, 'cpu', torch.bfloat16)
+    assert choice['attention'] == 'triton' and '1.00 ms in Triton (attention:2.1.1)' in reasons['attention']
+    assert kernels.launch('attention', 227) == kernels.LAUNCH['attention'][2][1]
+    monkeypatch.setattr(kernels, 'milliseconds', raising)
+    choice, reasons = choose('auto', {'attention': SHAPES['attention']}, 'cpu', torch.bfloat16)
+    assert choice['attention'] == 'torch' and 'out of resource' in reasons['attention']
+
+
+def test_launches_are_recalled_by_name(monkeypatch):
+    monkeypatch.setattr(kernels, 'tuned', {})
+    assert kernels.recall('attention:2.0.1') == 'attention' and kernels.tuned_name('attention') == 'attention:2.0.1'
+    assert kernels.launch('attention', 99)['num_warps'] == 4 and kernels.tuned_name('conv') == 'conv'
+    kernels.recall('attention:0.0.0')
+    assert [kernels.launch('attention keys', kib)['BLOCK_M'] for kib in (227, 99)] == [64, 32]
+    assert kernels.recall('attention') == 'attention' and not kernels.tuned         # untuned again
+    for wrong in ('attention:1', 'attention:1.1.7', 'attention:1.1.x', 'conv:0.0.0', 'fast', 'conv:-1.0'):
+        with pytest.raises(ValueError, match='is no kernel'):
+            kernels.recall(wrong)
 
 
 def test_a_slower_kernel_is_refused_unless_asked_for(card):
