@@ -29,14 +29,17 @@ except ImportError:                         # the plain expressions need none of
 # How each kernel may be launched, and the KiB of shared memory that one program must be able to have for it: 99 for
 # compute capability 8.6, 8.9 and 12.0, 163 for 8.0, 227 for 9.0 and 10.0. `tune` times what fits and keeps the fastest;
 # untimed, the first that fits counts. BLOCK_M: positions, queries or keys at a time; BLOCK_K: how many of the 9 C
-# inputs of a position at a time. float32 uses no tensor cores here and needs more room.
+# inputs of a position at a time. Several stages: copied ahead of use, past the L1 cache; one: loaded through it, which
+# nine taps that read almost the same places may repay. float32 uses no tensor cores here and needs more room.
 LAUNCH = {
     'conv': [(99, dict(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=3)),
              (99, dict(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=4)),
-             (99, dict(BLOCK_M=128, BLOCK_K=64, num_warps=8, num_stages=3))],
+             (99, dict(BLOCK_M=128, BLOCK_K=64, num_warps=8, num_stages=3)),
+             (99, dict(BLOCK_M=64, BLOCK_K=64, num_warps=8, num_stages=1))],
     'conv weight': [(99, dict(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=3)),
                     (99, dict(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=3)),
-                    (99, dict(BLOCK_M=128, BLOCK_K=64, num_warps=4, num_stages=3))],
+                    (99, dict(BLOCK_M=128, BLOCK_K=64, num_warps=4, num_stages=3)),
+                    (99, dict(BLOCK_M=64, BLOCK_K=64, num_warps=8, num_stages=1))],
     'conv float32': [(99, dict(BLOCK_M=64, BLOCK_K=32, num_warps=4, num_stages=2))],
     'conv weight float32': [(99, dict(BLOCK_M=32, BLOCK_K=32, num_warps=4, num_stages=2))],
     'attention': [(99, dict(BLOCK_M=64, num_warps=8, num_stages=1)),
