@@ -142,8 +142,8 @@ def test_two_launchers_are_one_run(straight, data_dir, tmp_path):
 
 @pytest.mark.parametrize('processes', [1, 2])
 def test_no_step_waits_for_the_device(data_dir, tmp_path, processes):
-    """Once a run is under way, a step reads no number from a tensor; of several processes each reads one, whether any of
-    them was asked to stop, which lies on the CPU wherever the model is."""
+    """Once a run is under way, a step reads no number from a tensor; of several processes each reads one, whether any
+    of them was asked to stop, which lies on the CPU wherever the model is."""
     result = script('-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}',
                     'tests/count_reads.py', *RUN, '--max_steps=10', '--save_interval=100', f'--data_dir={data_dir}',
                     f'--out_dir={tmp_path}/out')
