@@ -342,8 +342,9 @@ def test_precision_that_auto_chooses_on_a_cpu(monkeypatch, width, has_it, wanted
 
 
 @pytest.mark.slow
-def test_compiled_losses_equal_eager_ones(straight, data_dir, tmp_path):
-    result = script('pretrain.py', *RUN, '--compile', f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out',
+@pytest.mark.parametrize('launcher', [[], ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']])
+def test_compiled_losses_equal_eager_ones(straight, data_dir, tmp_path, launcher):
+    result = script(*launcher, 'pretrain.py', *RUN, '--compile', f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out',
                     timeout=600)
     assert result.returncode == 0 and 'does not work here' not in result.stdout, result.stderr
     for ours, theirs in zip(log_of(tmp_path / 'out'), log_of(straight), strict=True):
