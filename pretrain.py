@@ -165,6 +165,8 @@ def choose_kernels(model, config, settings, resumed, process):
     if settings.kernels == 'auto' and resumed:
         settings.kernels = resumed['settings'].get('kernels', 'torch')
     elif settings.kernels in ('auto', 'torch', 'triton'):
+        if settings.kernels != 'torch' and not triton_kernels.unusable(process.device):
+            process.print('compiling and timing the Triton kernels ...')    # a minute, unless Triton remembers them
         try:
             choice, reasons = triton_kernels.choose(settings.kernels if process.is_main else 'torch',
                                                     kernel_shapes(config, clips), process.device, dtype)
