@@ -31,6 +31,7 @@ except ImportError:                         # the plain expressions need none of
 # untimed, the first that fits counts. BLOCK_M: positions, queries or keys at a time; BLOCK_K: how many of the 9 C
 # inputs of a position at a time. Several stages: copied ahead of use, past the L1 cache; one: loaded through it, which
 # nine taps that read almost the same places may repay. float32 uses no tensor cores here and needs more room.
+# Checkpoints remember places in these lists: add at their ends.
 LAUNCH = {
     'conv': [(99, dict(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=3)),
              (99, dict(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=4)),
@@ -519,19 +520,17 @@ def kernels_of(name, dtype):
 
 def tune(name, tensors, *arguments):
     """Try the launches of an expression's kernels, one kernel after the other, each timed within results(kernel,
-    tensors, ...), and leave the fastest in `tuned`. Raises what Triton raises if none of a kernel's works."""
+    tensors, ...), and leave the fastest that works in `tuned`."""
     for kernel in kernels_of(name, tensors[0].dtype):
-        tuned.pop(kernel, None)
-        times, failure = {}, None
+        times = {}
         for i, (least, _) in enumerate(LAUNCH[kernel]):
             if least <= shared_memory(tensors[0].device) and len(LAUNCH[kernel]) > 1:
                 tuned[kernel] = i
                 try:
                     times[i] = milliseconds(EXPRESSIONS[name][1], tensors, *arguments)
-                except Exception as error:  # a launch that this card or this Triton refuses; another may do
-                    failure = error
-        if failure and not times:
-            raise failure
+                except Exception:           # a launch that this card or this Triton refuses; another may do
+                    continue
+        tuned.pop(kernel, None)
         if times:
             tuned[kernel] = min(times, key=times.get)
 
@@ -539,8 +538,9 @@ def tune(name, tensors, *arguments):
 def tuned_name(name):
     """An expression together with the launches that are tuned: 'conv', or 'conv:0.2' for the first launch of its first
     kernel and the third of its second."""
-    places = [str(tuned[kernel]) for kernel in LAUNCH if kernel.split()[0] == name and kernel in tuned]
-    return ':'.join([name, '.'.join(places)]) if places else name
+    kernels = kernels_of(name, torch.bfloat16)
+    places = '.'.join(str(tuned.get(kernel, 0)) for kernel in kernels)
+    return f'{name}:{places}' if any(kernel in tuned for kernel in kernels) else name
 
 
 def recall(text):
@@ -559,32 +559,36 @@ def recall(text):
     return name
 
 
-def examine(name, shape, device, dtype):
-    """Run a kernel, in its fastest launch, and its plain expression. -> (error or None, plain ms, kernel ms); an error
-    is a line that says what is wrong with the kernel."""
+def examine(name, shape, device, dtype, timed=True):
+    """Run a kernel, if timed in its fastest launch, and its plain expression. -> (error or None, plain ms, kernel ms);
+    an error is a line that says what is wrong with the kernel; without times they are 0."""
     plain, kernel = EXPRESSIONS[name]
     data, parameters, others, grad = trial(name, shape, device)
     exact = results(plain, [x.requires_grad_() for x in data + parameters], others, grad, torch.float32)
     # as in training the data come in dtype, the parameters in float32
     tensors = [x.detach().to(dtype).requires_grad_() for x in data] + parameters
     del data
-    tune(name, tensors, others, grad, dtype)
+    for launched in kernels_of(name, dtype):
+        tuned.pop(launched, None)
+    if timed:
+        tune(name, tensors, others, grad, dtype)
     found = {f: [((a - b).norm() / b.norm()).item() for a, b in zip(results(f, tensors, others, grad, dtype), exact)]
              for f in (plain, kernel)}
     del exact
     for what, error, allowed in zip(('result', *(f'gradient {i}' for i in range(9))), found[kernel], found[plain]):
         if not error <= max(TOLERANCE * allowed, 1e-5):                         # not <=: nan is wrong too
             return f'{what} is off by {error:.1e}, the plain expression by {allowed:.1e}', None, None
-    return None, *(milliseconds(f, tensors, others, grad, dtype) for f in (plain, kernel))
+    return None, *(milliseconds(f, tensors, others, grad, dtype) if timed else 0.0 for f in (plain, kernel))
 
 
-def choose(mode, shapes, device, dtype):
+def choose(mode, shapes, device, dtype, timed=True):
     """Which expression each layer uses: ({'conv': 'torch' or 'triton', 'attention': ...}, {the same: why, one line}).
 
     mode 'torch': the plain ones. 'triton': the kernels, ValueError where they cannot run or are wrong. 'auto': a kernel
     where it runs, is right and is faster, forward and backward, on the shapes of the run:
     shapes = {'conv': (V, rows, columns, D, groups), 'attention': (B, N, h, d, diff_lambda, norm)}; None for a layer
-    that the model lacks. dtype: what autocast computes in.
+    that the model lacks. dtype: what autocast computes in. timed=False: no clock decides anything, so that every run
+    chooses alike: a kernel where it runs and is right, in its first launch.
     """
     if mode not in ('auto', 'torch', 'triton'):
         raise ValueError(f'kernels = {mode!r} is none of auto, torch, triton')
@@ -601,7 +605,7 @@ def choose(mode, shapes, device, dtype):
             wrong = f'{shape[1]} tokens, heads of {shape[3]}, {dtype}: beyond what the kernel holds'
         else:
             try:
-                wrong, plain, kernel = examine(name, shape, device, dtype)
+                wrong, plain, kernel = examine(name, shape, device, dtype, timed)
             except Exception as error:      # whatever Triton, its compiler or the driver raise: training can go on
                 wrong = f'{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ""}'
         if wrong and mode == 'triton':
@@ -609,7 +613,9 @@ def choose(mode, shapes, device, dtype):
         if wrong:
             reasons[name] = wrong
             continue
-        choice[name] = 'triton' if mode == 'triton' or kernel < plain else 'torch'
-        reasons[name] = (f'forward and backward {kernel:.2f} ms in Triton ({tuned_name(name)}), '
-                         f'{plain:.2f} ms in PyTorch')
+        choice[name] = 'triton' if mode == 'triton' or not timed or kernel < plain else 'torch'
+        reasons[name] = 'right, and not timed'
+        if timed:
+            reasons[name] = (f'forward and backward {kernel:.2f} ms in Triton ({tuned_name(name)}), '
+                             f'{plain:.2f} ms in PyTorch')
     return choice, reasons

@@ -169,7 +169,8 @@ def choose_kernels(model, config, settings, resumed, process):
             process.print('compiling and timing the Triton kernels ...')    # a minute, unless Triton remembers them
         try:
             choice, reasons = triton_kernels.choose(settings.kernels if process.is_main else 'torch',
-                                                    kernel_shapes(config, clips), process.device, dtype)
+                                                    kernel_shapes(config, clips), process.device, dtype,
+                                                    timed=not settings.deterministic)
         except ValueError as error:
             raise configurator.ConfigError(str(error)) from None
         if len(set(reasons.values())) > 1:                                  # else no kernel was tried, for one reason

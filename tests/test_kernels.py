@@ -220,7 +220,7 @@ def test_the_fastest_launch_of_each_kernel_is_kept(card, monkeypatch):
         if getattr(function, 'called', None) != 'attention':
             return 9.0
         places = [kernels.tuned.get(kernel, 0) for kernel in ('attention', 'attention queries', 'attention keys')]
-        if places[0] == 0 or places[2] == 0 and 'attention keys' in kernels.tuned:
+        if places[0] == 0 or places[2] == 2:
             raise RuntimeError('out of resource')
         return 1 + abs(places[0] - 2) + abs(places[1] - 1) + abs(places[2] - 1)
     monkeypatch.setattr(kernels, 'milliseconds', milliseconds)
@@ -228,9 +228,23 @@ def test_the_fastest_launch_of_each_kernel_is_kept(card, monkeypatch):
     choice, reasons = choose('auto', {'attention': SHAPES['attention']}, 'cpu', torch.bfloat16)
     assert choice['attention'] == 'triton' and '1.00 ms in Triton (attention:2.1.1)' in reasons['attention']
     assert kernels.launch('attention', 227) == kernels.LAUNCH['attention'][2][1]
+    choice, reasons = choose('auto', {'attention': SHAPES['attention']}, 'cpu', torch.bfloat16, timed=False)
+    assert choice['attention'] == 'triton' and reasons['attention'] == 'right, and not timed' and not kernels.tuned
     monkeypatch.setattr(kernels, 'milliseconds', raising)
     choice, reasons = choose('auto', {'attention': SHAPES['attention']}, 'cpu', torch.bfloat16)
     assert choice['attention'] == 'torch' and 'out of resource' in reasons['attention']
+
+
+def test_a_kernel_whose_first_launch_fails_does_not_spoil_the_others(card, monkeypatch):
+    def plain_unless_refused(*arguments):
+        if kernels.tuned.get('conv weight', 0) == 0:
+            raise RuntimeError('out of resource')
+        return kernels.grouped_conv_plain(*arguments)
+    card.kernels['conv'] = plain_unless_refused
+    monkeypatch.setattr(kernels, 'milliseconds', lambda *arguments: len(kernels.results(*arguments)))
+    choice, _ = choose('triton', {'conv': SHAPES['conv']}, 'cpu', torch.bfloat16)
+    assert choice['conv'] == 'triton' and kernels.tuned == {'conv weight': 1}
+    assert kernels.tuned_name('conv') == 'conv:0.1' and kernels.recall('conv:0.1') == 'conv'
 
 
 def test_launches_are_recalled_by_name(monkeypatch):
