@@ -618,4 +618,6 @@ def choose(mode, shapes, device, dtype, timed=True):
         if timed:
             reasons[name] = (f'forward and backward {kernel:.2f} ms in Triton ({tuned_name(name)}), '
                              f'{plain:.2f} ms in PyTorch')
+    if torch.device(device).type == 'cuda':
+        torch.cuda.empty_cache()            # what the trials held is not of the sizes that training asks for
     return choice, reasons

@@ -3,6 +3,7 @@
 TRITON_INTERPRET=1 python tests/interpret_kernels.py; tests/test_kernels.py runs it so, in a process of its own, since
 Triton reads that variable when it is imported. Prints one line per case; a wrong one ends with a traceback.
 """
+import copy
 import os
 import sys
 
@@ -12,7 +13,9 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import data  # noqa: E402
 import kernels  # noqa: E402
+from model import ASDA, ASDAConfig, use_kernels  # noqa: E402
 
 # V, rows, columns, D, groups; then B, N, h, d, lambda, norm
 CONV = [(3, 5, 3, 48, 4), (2, 7, 8, 96, 2), (1, 4, 5, 80, 1), (20, 13, 8, 8, 1)]
@@ -135,6 +138,38 @@ def choosing():
     assert choice == {'conv': 'torch', 'attention': 'torch'} and all('ms' in r for r in reasons.values()), reasons
 
 
+def whole_model():
+    """Loss and gradients of a small ASDA with both kernels, against float64 without: float32 to 1e-5, bfloat16 within
+    1.5 times the error of the same model without kernels."""
+    config = ASDAConfig(n_layer=2, n_head=2, n_embd=32, frames=64, decoder_layers=2, decoder_groups=2, n_students=3,
+                        mask_block=2, attn_scale=0.95)
+    kernels.diff_attention_fits = lambda N, d, dtype: True
+    reference = ASDA(config)
+    with torch.no_grad():
+        for p in reference.parameters():
+            p.add_(0.1 * torch.randn_like(p))                               # no bias zero, no weight of a norm one
+    generator = torch.Generator().manual_seed(0)
+    spec, noise = torch.randn(2, 64, 128, generator=generator), 0.01 * torch.randn(6, 32, 32, generator=generator)
+    mask = data.block_masks(2, 3, config.grid, config.mask_ratio, 2, generator)
+
+    def run(dtype, bfloat16, names):
+        model = copy.deepcopy(reference).to(dtype)
+        use_kernels(model, names)
+        with torch.autocast('cpu', torch.bfloat16, enabled=bfloat16):
+            loss, _ = model(spec.to(dtype), mask, noise.to(dtype))
+        loss.backward()
+        return loss.item(), torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None])
+    exact_loss, exact = run(torch.float64, False, ())
+    for bfloat16 in (False, True):
+        (usual_loss, usual), (loss, found) = [run(torch.float32, bfloat16, names) for names in
+                                              ((), ('conv', 'attention'))]
+        off, off_usual = [((x - exact).norm() / exact.norm()).item() for x in (found, usual)]
+        print(f'bfloat16 {bfloat16}: loss {loss:.6f} {usual_loss:.6f} {exact_loss:.6f}, gradients {off:.1e} '
+              f'{off_usual:.1e}')
+        assert abs(loss / exact_loss - 1) < (0.005 if bfloat16 else 1e-5)
+        assert off <= (1.5 * off_usual if bfloat16 else 1e-5)
+
+
 if __name__ == '__main__':
     torch.manual_seed(0)
     correct_bfloat16()
@@ -145,6 +180,6 @@ if __name__ == '__main__':
         for places in ('1.2.1', '2.1.2', *(['3.3'] if name == 'conv' else [])):     # the other launches
             kernels.recall(f'{name}:{places[:2 * len(kernels.kernels_of(name, torch.bfloat16)) - 1]}')
             compare(name, shapes[1] if name == 'conv' else shapes[4], torch.bfloat16)     # 101 tokens: several blocks
-    for check in (autocast, strided, extremes, operators, choosing):
+    for check in (autocast, strided, extremes, operators, whole_model, choosing):
         check()
         print(check.__name__, 'ok')
