@@ -45,6 +45,16 @@ def correct_bfloat16():
     interpreter.InterpreterBuilder.create_dot, interpreter.InterpreterBuilder.cast_impl = dot, cast
 
 
+def correct_loops():
+    """Before Triton 3.8 the interpreter takes a loop's bound from an array of one number, which NumPy 2.4 refuses."""
+    plain = interpreter._patch_lang_tensor
+
+    def patched(tensor, *scope):
+        plain(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.squeeze())
+    interpreter._patch_lang_tensor = patched
+
+
 def compare(name, shape, dtype):
     """Value and all gradients: float32 to 1e-5, bfloat16 within 1.5 times the plain expression's own error."""
     plain, kernel = kernels.EXPRESSIONS[name]
@@ -173,6 +183,7 @@ def whole_model():
 if __name__ == '__main__':
     torch.manual_seed(0)
     correct_bfloat16()
+    correct_loops()
     for name, shapes in (('conv', CONV), ('attention', ATTENTION)):
         for shape in shapes:
             compare(name, shape, torch.float32)

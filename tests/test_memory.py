@@ -70,6 +70,7 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(kernels, 'triton', None)                            # nothing is launched
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 11), reason='PyTorch before 2.11 traces no fake tensors here')
 def test_twelve_clips_fit_into_eleven_gigabytes(as_on_a_gpu):
     recipe = runpy.run_path(f'{ROOT}/config/as2m.py')
     fields = {field.name for field in dataclasses.fields(ASDAConfig)}

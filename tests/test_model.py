@@ -68,6 +68,8 @@ def test_compiles_as_one_graph(device, dtype, monkeypatch):
             for network, inputs in ((model, (spec, mask, noise)), (classifier, (spec, draws))):
                 with pytest.raises(BackendCompilerFailed, match='traced to the end'):
                     torch.compile(network, backend=backend, fullgraph=True)(*inputs)
+    except torch.AcceleratorError:                                          # PyTorch 2.9
+        pytest.skip('this PyTorch makes no fake CUDA tensors without a driver')
     finally:
         torch.set_autocast_enabled(device, before[0])
         torch.set_autocast_dtype(device, before[1])
