@@ -444,8 +444,6 @@ def print_table(where, figures):
             print(f'  {name.replace("_", " "):<44}{shown:>10}   {TARGETS.get(name, "")}'.rstrip())
 
 
-
-
 def configure(argv):
     """The settings, on top of config/as2m.py (a GPU's 12 of its 48 clips) or config/demo.py if argv names no file."""
     settings = configurator.configure(__file__, argv, (pretrain.__file__,), MODEL)
