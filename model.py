@@ -176,11 +176,12 @@ class DiffAttention(nn.Module):
             y = kernels.diff_attention(qkv, bias, h, self.config.diff_lambda, per_head, TARGET_EPS)
         else:
             y = self.attend(self.qk(x), self.v(x))                          # (B, N, D)
-        if not per_head:
-            return self.proj((self.norm(y) if self.config.head_norm == 'all' else y) * self.config.attn_scale)
-        # W_O (w y + b) = (W_O w) y + W_O b: on the weights it costs less than on the tokens
-        weight = self.proj.weight * self.config.attn_scale
-        return linear(y, weight * self.norm.weight, (weight * self.norm.bias).sum(dim=1) + self.proj.bias)
+        if self.config.head_norm == 'all':
+            y = self.norm(y)
+        weight, bias = self.proj.weight * self.config.attn_scale, self.proj.bias        # W_O
+        if per_head:        # the norm's weight w and bias b: W_O (w y + b) = (W_O w) y + W_O b, without a pass over y
+            weight, bias = weight * self.norm.weight, bias + (weight * self.norm.bias).sum(dim=1)
+        return linear(y, weight, bias)
 
     def attend(self, qk, v):
         """The heads side by side, each with its LayerNorm if it has one. (B, N, 2 * maps * D), (B, N, D) -> like v"""

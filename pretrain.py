@@ -64,7 +64,7 @@ compile = False                 # torch.compile
 compile_mode = 'default'        # its mode: default, reduce-overhead (CUDA graphs, for small models and batches),
                                 # max-autotune-no-cudagraphs (tries more kernels, starts slowly) or max-autotune (both)
 kernels = 'auto'                # Triton kernels: auto (on a GPU those that are right and faster), torch (none),
-                                # triton (all), or a list of conv and attention
+                                # triton (all), or a list of conv and attention, as checkpoints note it
 workers = 2                     # processes that read clips ahead; 0: none
 threads = 0                     # CPU threads of one process; 0: PyTorch's choice
 deterministic = False           # the same bits in every run on a GPU too, at some cost (on a CPU they always are)
