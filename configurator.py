@@ -16,9 +16,7 @@ import os
 import tokenize
 import types
 
-
-class ConfigError(Exception):
-    """A user's mistake: the message is one line that names the key or file and says what to do."""
+from engine.errors import ConfigError
 
 
 class Settings(types.SimpleNamespace):
@@ -200,3 +198,8 @@ def print_help(script, known):
 def show(settings, leave_out=()):
     """The resolved settings in one paragraph, for the start of a run."""
     return '  '.join(f'{name}={value!r}' for name, value in vars(settings).items() if name not in leave_out)
+
+
+def words(text):
+    """'a, b' -> ['a', 'b']"""
+    return [word.strip() for word in text.split(',') if word.strip()]

@@ -21,9 +21,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 import configurator
 import data
-import runtime
-from eval import describe, metrics, open_checkpoint, predict
+from audio import N_MELS, WINDOWS
+from audio.clips import read_meta, sampling_weights, task_splits
+from checkpoints import saving
+from checkpoints.opening import open_checkpoint
+from engine import logs, processes
+from engine.errors import ROOT, ConfigError
 from model import ASDAConfig, Classifier, count_parameters
+from scoring.metrics import describe, metrics
+from scoring.probes import predict
 
 out_dir = 'out/finetune'        # checkpoints and log.jsonl go here
 resume = False                  # go on with the run in out_dir
@@ -84,7 +90,7 @@ HEAD_CHOICES = ('cls_position', 'pooling')      # fields of ASDAConfig that fine
 def check(settings, world):
     """Raise ConfigError for settings that cannot work."""
     def refuse(text):
-        raise configurator.ConfigError(text)
+        raise ConfigError(text)
     configurator.check_ranges(
         settings, batch_size=(1, 1e6), accumulate=(1, 1e6), max_steps=(1, 1e9), log_interval=(1, 1e9),
         save_interval=(1, 1e9), eval_interval=(1, 1e9), keep=(1, 100), seed=(0, 2 ** 62), lr=(0, 1e30),
@@ -97,7 +103,7 @@ def check(settings, world):
         refuse(f'batch_size = {settings.batch_size} is not divisible by 2 x {world} processes x accumulate '
                f'= {settings.accumulate}, which mixing pairs of clips needs')
     for name, allowed in (('init', ('checkpoint', 'scratch')), ('loss', ('auto', 'cross_entropy', 'bce')),
-                          ('window', data.WINDOWS)):
+                          ('window', WINDOWS)):
         if getattr(settings, name) not in allowed:
             refuse(f'{name} = {getattr(settings, name)!r} is none of {", ".join(allowed)}')
     if settings.init == 'checkpoint' and not settings.ckpt:
@@ -115,7 +121,7 @@ def initial_model(settings, n_classes):
         set_here = [name for name in fields if name in settings.given
                     and name not in ('frames', 'drop_path', *HEAD_CHOICES)]
         if set_here:
-            raise configurator.ConfigError(f'{set_here[0]} comes from the checkpoint {settings.ckpt}: leave it out')
+            raise ConfigError(f'{set_here[0]} comes from the checkpoint {settings.ckpt}: leave it out')
         chosen = {name: fields[name] for name in HEAD_CHOICES if name in settings.given}
         fields = {**dataclasses.asdict(loaded.config), **chosen}
         window, repeat, encoder = loaded.spectrum['window'], loaded.spectrum['repeat'] or repeat, loaded.encoder
@@ -124,13 +130,13 @@ def initial_model(settings, n_classes):
     try:
         config = ASDAConfig(**fields)
     except ValueError as error:
-        raise configurator.ConfigError(str(error)) from None
-    if config.n_mels != data.N_MELS:
-        raise configurator.ConfigError(f'n_mels = {config.n_mels} must be {data.N_MELS}')
+        raise ConfigError(str(error)) from None
+    if config.n_mels != N_MELS:
+        raise ConfigError(f'n_mels = {config.n_mels} must be {N_MELS}')
     torch.manual_seed(settings.seed)
     model = Classifier(config, n_classes)
     if settings.init == 'checkpoint':
-        runtime.load_weights(model.encoder, encoder.state_dict(), settings.ckpt)
+        saving.load_weights(model.encoder, encoder.state_dict(), settings.ckpt)
     return model, window, repeat
 
 
@@ -209,8 +215,8 @@ def forward_backward(network, batch, spectrum, settings, multi_label, process, a
 
 def train(settings, process):
     """One fine-tuning run -> {'best': scores, 'last': scores} on the test split; None if a signal ended it."""
-    resuming = runtime.check_out_dir(settings.out_dir, settings.resume, settings.overwrite)
-    train_clips, valid, test, whole = data.task_splits(
+    resuming = logs.check_out_dir(settings.out_dir, settings.resume, settings.overwrite)
+    train_clips, valid, test, whole = task_splits(
         settings.dataset, settings.data_dir, settings.fold, settings.labels_per_class, settings.seed,
         settings.validation_part, settings.test_dataset)
     multi_label, classes = train_clips.multi_label, train_clips.classes
@@ -220,40 +226,40 @@ def train(settings, process):
     spectrum = {'frames': config.frames, 'window': window, 'mean': mean, 'std': std, 'repeat': repeat}
     input_info = {'window': window, 'mean': mean, 'std': std, 'repeat': repeat,
                   'fingerprint': train_clips.fingerprint()}
-    autocast, settings.dtype = runtime.autocast(process, settings.dtype, config.n_embd)
+    autocast, settings.dtype = processes.autocast(process, settings.dtype, config.n_embd)
     settings.device = process.device.type                                   # as it is, for the checkpoint
     process.print(f'{configurator.show(settings, leave_out=dataclasses.asdict(config))}\n{config}')
     process.print(f'{len(train_clips):,} training, {len(valid):,} validation, {len(test):,} test clips; '
                   f'{len(classes)} classes; {config.frames} frames; log-mel mean {mean:.3f}, std {std:.3f}; '
-                  f'{runtime.provenance(process)}')
+                  f'{processes.provenance(process)}')
     model.to(process.device)
     optimizer = make_optimizer(model, settings, process)
     resumed = {}
     if resuming:
-        resumed = runtime.resume(settings.out_dir, model, optimizer, dataclasses.asdict(config), input_info, settings,
+        resumed = saving.resume(settings.out_dir, model, optimizer, dataclasses.asdict(config), input_info, settings,
                                  FREE_SETTINGS, process)
     first, best = resumed.get('step', 0), float(resumed.get('best', -math.inf))
-    network = runtime.distribute(model, process)
-    if settings.compile and runtime.can_compile(process):
+    network = processes.distribute(model, process)
+    if settings.compile and processes.can_compile(process):
         network.compile()
 
     places = data.mirrored_places(settings.batch_size, process.rank, process.world)
     batches = data.FinetuneBatches(train_clips, config.frames, settings.batch_size, places, settings.seed,
                                    config.n_layer, settings.roll, settings.noise, settings.input_mask, settings.mixup,
                                    settings.mixup_probability,
-                                   data.sampling_weights(train_clips) if settings.weighted else None,
+                                   sampling_weights(train_clips) if settings.weighted else None,
                                    settings.epoch_clips)
     loader = data.loader(batches, range(first, settings.max_steps), settings.workers, pin=process.device.type == 'cuda')
-    log = runtime.Log(settings.out_dir, process, first if resuming else None)
-    log.write(start=first, settings=vars(settings), **runtime.provenance(process), time=time.time())
-    stop, clock = runtime.Stop(process), runtime.Clock(first, settings.max_steps)
+    log = logs.Log(settings.out_dir, process, first if resuming else None)
+    log.write(start=first, settings=vars(settings), **processes.provenance(process), time=time.time())
+    stop, clock = processes.Stop(process), logs.Clock(first, settings.max_steps)
     scores, done = {}, first
     bad_steps = torch.tensor(float(resumed.get('bad_steps', 0)), device=process.device)
-    late = runtime.Late(process)
+    late = processes.Late(process)
 
     def settle(done, is_logged, value, in_a_row):
         """What the numbers of a step say, once they are here."""
-        runtime.check_bad_steps(done, int(in_a_row), settings, batches, places, process, log)
+        processes.check_bad_steps(done, int(in_a_row), settings, batches, places, process, log)
         if is_logged:
             rate = lr_at(done - 1, settings)
             process.print(f'step {done:,}/{settings.max_steps:,}  loss {value:.4f}  lr {rate:.1e}  '
@@ -269,7 +275,7 @@ def train(settings, process):
         return metrics(predict(model, clips, spectrum, process, autocast, title=title),
                        clips.targets(np.arange(len(clips))), multi_label)[0]
 
-    for step, batch in zip(range(first, settings.max_steps), runtime.ahead(loader, process, stay=('noise_seed',))):
+    for step, batch in zip(range(first, settings.max_steps), processes.ahead(loader, process, stay=('noise_seed',))):
         for group in optimizer.param_groups:
             group['lr'] = lr_at(step, settings) * group['scale']
         model.train()
@@ -284,10 +290,10 @@ def train(settings, process):
         last = done == settings.max_steps
         evaluating = len(valid) and (last or done % settings.eval_interval == 0)
         is_logged, stopping = last or done % settings.log_interval == 0, stop.agreed()
-        saving = last or stopping or done % settings.save_interval == 0
+        is_saving = last or stopping or done % settings.save_interval == 0
         if is_logged:
             loss = process.mean(loss.clone()) * process.world
-        for item, numbers in late.swap((done, is_logged), torch.stack([loss, bad_steps]), wait=evaluating or saving):
+        for item, numbers in late.swap((done, is_logged), torch.stack([loss, bad_steps]), wait=evaluating or is_saving):
             settle(*item, *numbers)
         if evaluating:
             scores = evaluate(valid, 'validation')
@@ -297,9 +303,9 @@ def train(settings, process):
             if not score < best:                                            # of equals the later, which has seen more
                 best = score
                 if process.is_main:
-                    runtime.save_checkpoint(os.path.join(settings.out_dir, 'best.pt'), contents(), keep=1)
-        if process.is_main and saving:
-            runtime.save_checkpoint(os.path.join(settings.out_dir, 'ckpt.pt'),
+                    saving.save_checkpoint(os.path.join(settings.out_dir, 'best.pt'), contents(), keep=1)
+        if process.is_main and is_saving:
+            saving.save_checkpoint(os.path.join(settings.out_dir, 'ckpt.pt'),
                                     {**contents(), 'optimizer': optimizer.state_dict()}, settings.keep)
         if stopping and not last:
             process.print(f'stopped after step {done:,} and saved; to go on, run the same command with --resume')
@@ -309,7 +315,7 @@ def train(settings, process):
     if len(valid):
         process.gather(None)                                                # best.pt is whole before the others read it
         best_path = os.path.join(settings.out_dir, 'best.pt')
-        runtime.load_weights(model, runtime.load_checkpoint(best_path)['model'], best_path)
+        saving.load_weights(model, saving.load_checkpoint(best_path)['model'], best_path)
         results['best'] = evaluate(test, 'test')
     log.write(step=done, test=results)
     for name, scores in results.items():
@@ -320,9 +326,9 @@ def train(settings, process):
 
 def train_folds(settings, process):
     """Fine-tune once per fold and report each, mean and spread."""
-    folds = data.read_meta(os.path.join(settings.data_dir, settings.dataset))['folds']
+    folds = read_meta(os.path.join(settings.data_dir, settings.dataset))['folds']
     if not folds:
-        raise configurator.ConfigError(f'{settings.dataset} has no folds')
+        raise ConfigError(f'{settings.dataset} has no folds')
     results = {}
     for name in folds:
         out = os.path.join(settings.out_dir, f'fold-{name}')
@@ -341,8 +347,8 @@ def train_folds(settings, process):
 
 
 def run(argv):
-    settings = configurator.configure(__file__, argv, (os.path.join(runtime.MODULE_DIR, 'model.py'), 'ASDAConfig'))
-    process = runtime.start(settings.device, settings.threads, settings.deterministic)
+    settings = configurator.configure(__file__, argv, (os.path.join(ROOT, 'model.py'), 'ASDAConfig'))
+    process = processes.start(settings.device, settings.threads, settings.deterministic)
     check(settings, process.world)
     if settings.fold == 'all':
         train_folds(settings, process)
@@ -351,4 +357,4 @@ def run(argv):
 
 
 if __name__ == '__main__':
-    runtime.main(run)
+    processes.main(run)

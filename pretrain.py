@@ -19,9 +19,13 @@ import configurator
 import data
 import kernels as triton_kernels
 import prepare
-import runtime
-from eval import effective_rank, features, knn_accuracy
+from audio import N_MELS, SAMPLE_RATE, WINDOWS
+from audio.clips import carve_validation, open_clips, read_meta
+from checkpoints import saving
+from engine import logs, processes, randomness
+from engine.errors import ROOT, ConfigError, RunError
 from model import ASDA, ASDAConfig, count_parameters, kernel_shapes, n_kept, use_kernels
+from scoring.probes import effective_rank, features, knn_accuracy
 
 out_dir = 'out/pretrain'        # checkpoints and log.jsonl go here
 resume = False                  # go on with the run in out_dir
@@ -84,19 +88,19 @@ def model_config(settings):
     try:
         config = ASDAConfig(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(ASDAConfig)})
     except ValueError as error:
-        raise configurator.ConfigError(str(error)) from None
-    if config.n_mels != data.N_MELS or config.drop_path:
-        raise configurator.ConfigError(f'n_mels = {config.n_mels} must be {data.N_MELS} and drop_path = '
+        raise ConfigError(str(error)) from None
+    if config.n_mels != N_MELS or config.drop_path:
+        raise ConfigError(f'n_mels = {config.n_mels} must be {N_MELS} and drop_path = '
                                        f'{config.drop_path} must be 0 in pre-training')
     rows, columns = config.grid
     patches = rows * columns
     if config.mask_block > min(rows, columns):
-        raise configurator.ConfigError(f'mask_block = {config.mask_block} does not fit the {rows} x {columns} grid '
+        raise ConfigError(f'mask_block = {config.mask_block} does not fit the {rows} x {columns} grid '
                                        f'of patches of {config.frames} frames')
     blocks = int(patches * (1 - config.mask_ratio + config.mask_adjust) / config.mask_block ** 2)
     kept = n_kept(patches, config.mask_ratio)
     if blocks < 1 or kept < 1:
-        raise configurator.ConfigError(f'{patches} patches keep {kept} at mask_ratio = {config.mask_ratio}: '
+        raise ConfigError(f'{patches} patches keep {kept} at mask_ratio = {config.mask_ratio}: '
                                        f'no block of {config.mask_block} x {config.mask_block} fits; '
                                        'set a smaller mask_block or longer frames')
     return config
@@ -112,20 +116,20 @@ def check(settings, world):
         min_target_var=(0, 1), workers=(0, 1000), threads=(0, 1000), norm_mean=(-100, 100), norm_std=(1e-3, 100),
         warmup_steps=(0, 1e9))
     if settings.batch_size % (world * settings.accumulate):
-        raise configurator.ConfigError(f'batch_size = {settings.batch_size} is not divisible by {world} processes '
+        raise ConfigError(f'batch_size = {settings.batch_size} is not divisible by {world} processes '
                                        f'x accumulate = {settings.accumulate}')
-    if settings.window not in data.WINDOWS:
-        raise configurator.ConfigError(f'window = {settings.window!r} is none of {", ".join(data.WINDOWS)}')
+    if settings.window not in WINDOWS:
+        raise ConfigError(f'window = {settings.window!r} is none of {", ".join(WINDOWS)}')
     if settings.short_clips not in ('pad', 'join'):
-        raise configurator.ConfigError(f'short_clips = {settings.short_clips!r} is neither pad nor join')
+        raise ConfigError(f'short_clips = {settings.short_clips!r} is neither pad nor join')
     if settings.compile_mode not in COMPILE_MODES:
-        raise configurator.ConfigError(f'compile_mode = {settings.compile_mode!r} is none of '
+        raise ConfigError(f'compile_mode = {settings.compile_mode!r} is none of '
                                        f'{", ".join(COMPILE_MODES)}')
     if COMPILE_MODES[settings.compile_mode] and (world > 1 or settings.accumulate > 1):
-        raise configurator.ConfigError(f'compile_mode = {settings.compile_mode} takes one process and accumulate = 1: '
+        raise ConfigError(f'compile_mode = {settings.compile_mode} takes one process and accumulate = 1: '
                                        'a CUDA graph overwrites its gradients when it runs again')
     if not settings.warmup_steps < settings.max_steps:
-        raise configurator.ConfigError(f'warmup_steps = {settings.warmup_steps} must be less than max_steps '
+        raise ConfigError(f'warmup_steps = {settings.warmup_steps} must be less than max_steps '
                                        f'= {settings.max_steps}')
 
 
@@ -172,31 +176,32 @@ def choose_kernels(model, config, settings, resumed, process):
                                                     kernel_shapes(config, clips), process.device, dtype,
                                                     timed=not settings.deterministic)
         except ValueError as error:
-            raise configurator.ConfigError(str(error)) from None
+            raise ConfigError(str(error)) from None
         if len(set(reasons.values())) > 1:                                  # else no kernel was tried, for one reason
             for name, reason in reasons.items():
                 process.print(f'{name} by {"Triton" if choice[name] == "triton" else "PyTorch"}: {reason}')
         names = [triton_kernels.tuned_name(name) for name in choice if choice[name] == 'triton']
         settings.kernels = ','.join(process.gather(names)[0]) or 'torch'
-    names = data.words(settings.kernels)
+    names = configurator.words(settings.kernels)
     if names != ['torch']:
         try:
             names, missing = [triton_kernels.recall(name) for name in names], triton_kernels.unusable(process.device)
         except ValueError as error:
             missing = error
         if missing:
-            raise configurator.ConfigError(f'kernels = {settings.kernels!r}, but {missing}: write --kernels=torch')
+            raise ConfigError(f'kernels = {settings.kernels!r}, but {missing}: write --kernels=torch')
     use_kernels(model, names)
 
 
 def training_clips(settings, process):
     """The clips to train on; the demo's are made if they are missing."""
-    names = data.words(settings.dataset)
+    names = configurator.words(settings.dataset)
     if names == ['demo'] and not os.path.exists(os.path.join(settings.data_dir, 'demo', 'meta.json')):
         if process.is_main:
             prepare.run(['demo', f'--out_dir={os.path.join(settings.data_dir, "demo")}', '--workers=0'])
         process.gather(None)                                                # the others wait
-    return data.open_clips(names, settings.data_dir, data.words(settings.splits), data.words(settings.leave_out))
+    return open_clips(names, settings.data_dir, configurator.words(settings.splits),
+                      configurator.words(settings.leave_out))
 
 
 def forward_backward(network, spec, mask, noise, settings, autocast):
@@ -239,17 +244,17 @@ def mask_noise(settings, config, step, places, device):
     shape = (config.n_students, math.prod(config.grid), config.n_embd)
     noise = torch.empty(len(places), *shape, dtype=getattr(torch, settings.dtype), device=device)
     for clip, place in zip(noise, places):                                  # one at a time: it stays in the cache
-        generator = data.torch_random(device, settings.seed, 'noise', step, place)
+        generator = randomness.torch_random(device, settings.seed, 'noise', step, place)
         clip.copy_(torch.randn(shape, generator=generator, device=device).mul_(config.mask_noise))
     return noise.flatten(0, 1)
 
 
 def train(settings):
     """Run pre-training as the settings say, to its end or to a signal."""
-    process = runtime.start(settings.device, settings.threads, settings.deterministic)
+    process = processes.start(settings.device, settings.threads, settings.deterministic)
     check(settings, process.world)
     config = model_config(settings)
-    resuming = runtime.check_out_dir(settings.out_dir, settings.resume, settings.overwrite)
+    resuming = logs.check_out_dir(settings.out_dir, settings.resume, settings.overwrite)
     clips = training_clips(settings, process)
     labelled = monitor_clips(settings)
     mean, std = clips.statistics(settings.window)
@@ -258,11 +263,11 @@ def train(settings):
     join = settings.short_clips == 'join'
     input_info = {'window': settings.window, 'mean': mean, 'std': std, 'repeat': join,
                   'fingerprint': clips.fingerprint()}
-    autocast, settings.dtype = runtime.autocast(process, settings.dtype, config.n_embd)
+    autocast, settings.dtype = processes.autocast(process, settings.dtype, config.n_embd)
     settings.device = process.device.type                                   # as it is, for the checkpoint
     process.print(configurator.show(settings))
-    process.print(f'{len(clips):,} clips, {clips.length.sum() / data.SAMPLE_RATE / 3600:.2f} hours, '
-                  f'log-mel mean {mean:.3f}, std {std:.3f}; {runtime.provenance(process)}')
+    process.print(f'{len(clips):,} clips, {clips.length.sum() / SAMPLE_RATE / 3600:.2f} hours, '
+                  f'log-mel mean {mean:.3f}, std {std:.3f}; {processes.provenance(process)}')
 
     torch.manual_seed(settings.seed)
     model = ASDA(config).to(process.device)
@@ -272,44 +277,44 @@ def train(settings):
     optimizer = make_optimizer(model, settings, process)
     resumed = {}
     if resuming:
-        resumed = runtime.resume(settings.out_dir, model, optimizer, dataclasses.asdict(config), input_info, settings,
+        resumed = saving.resume(settings.out_dir, model, optimizer, dataclasses.asdict(config), input_info, settings,
                                  FREE_SETTINGS, process)
     first = resumed.get('step', 0)
     choose_kernels(model, config, settings, resumed, process)
-    network = runtime.distribute(model, process)
-    if settings.compile and runtime.can_compile(process):
+    network = processes.distribute(model, process)
+    if settings.compile and processes.can_compile(process):
         network.compile(mode=settings.compile_mode)
 
     per_process = settings.batch_size // process.world
     places = range(process.rank * per_process, (process.rank + 1) * per_process)
     batches = data.PretrainBatches(clips, config.frames, settings.batch_size, places, settings.seed, join)
     loader = data.loader(batches, range(first, settings.max_steps), settings.workers, pin=process.device.type == 'cuda')
-    log = runtime.Log(settings.out_dir, process, first if resuming else None)
-    log.write(start=first, settings=vars(settings), **runtime.provenance(process), time=time.time())
-    stop, clock = runtime.Stop(process), runtime.Clock(first, settings.max_steps)
+    log = logs.Log(settings.out_dir, process, first if resuming else None)
+    log.write(start=first, settings=vars(settings), **processes.provenance(process), time=time.time())
+    stop, clock = processes.Stop(process), logs.Clock(first, settings.max_steps)
     measures, done = {}, first
     bad_steps = torch.tensor(float(resumed.get('bad_steps', 0)), device=process.device)
-    late = runtime.Late(process)
+    late = processes.Late(process)
 
     def settle(done, names, is_logged, values):
         """What the numbers of a step say, once they are here."""
         values = dict(zip(names, values))
-        runtime.check_bad_steps(done, int(values.pop('bad_steps')), settings, batches, places, process, log)
+        processes.check_bad_steps(done, int(values.pop('bad_steps')), settings, batches, places, process, log)
         if is_logged:
             report(done, values, settings, process, log, clock)
 
     def save():
         if process.is_main:
-            runtime.save_checkpoint(os.path.join(settings.out_dir, 'ckpt.pt'), {
+            saving.save_checkpoint(os.path.join(settings.out_dir, 'ckpt.pt'), {
                 'model': model.state_dict(), 'config': dataclasses.asdict(config), 'optimizer': optimizer.state_dict(),
                 'step': done, 'settings': vars(settings),
                 'bad_steps': float(bad_steps), 'metrics': {name: float(value) for name, value in measures.items()},
                 'input': input_info}, settings.keep)
 
-    for step, batch in zip(range(first, settings.max_steps), runtime.ahead(loader, process)):
+    for step, batch in zip(range(first, settings.max_steps), processes.ahead(loader, process)):
         spec = data.log_mel(batch['pcm'], batch['lengths'], config.frames, settings.window, mean, std)
         mask = data.block_masks(settings.batch_size, config.n_students, config.grid, config.mask_ratio,
-                                config.mask_block, data.torch_random(process.device, settings.seed, 'mask', step),
+                                config.mask_block, randomness.torch_random(process.device, settings.seed, 'mask', step),
                                 config.mask_adjust)[places.start:places.stop]
         noise = mask_noise(settings, config, step, places, process.device)
 
@@ -321,11 +326,11 @@ def train(settings):
         last = done == settings.max_steps
         evaluating = labelled and (last or settings.eval_interval and done % settings.eval_interval == 0)
         is_logged, stopping = last or done % settings.log_interval == 0, stop.agreed()
-        saving = last or stopping or done % settings.save_interval == 0
+        is_saving = last or stopping or done % settings.save_interval == 0
         values = torch.stack([value.float() for value in measures.values()])
         if is_logged:
             values = process.mean(values)                           # of the accumulated parts, now of the processes
-        for item, numbers in late.swap((done, list(measures), is_logged), values, wait=evaluating or saving):
+        for item, numbers in late.swap((done, list(measures), is_logged), values, wait=evaluating or is_saving):
             settle(*item, numbers)
         if evaluating:
             scores = monitor(model, labelled, settings, config, process, autocast)
@@ -334,7 +339,7 @@ def train(settings):
                           f'CLS {scores["knn_cls"]:.1%}, patches {scores["knn_patches"]:.1%}; '
                           f'effective rank {scores["effective_rank"]:.1f} of {config.n_embd}')
             log.write(step=done, **scores)
-        if saving:
+        if is_saving:
             save()
         if stopping and not last:
             process.print(f'stopped after step {done:,} and saved; to go on, run the same command with --resume')
@@ -346,7 +351,7 @@ def check_targets(target_std, settings, process):
     """Warn of a collapse, a teacher that gives every place the same target; end the run if min_target_var says so."""
     variance = target_std ** 2
     if variance < settings.min_target_var:
-        raise runtime.RunError(f'the variance of the targets fell to {variance:.2g}, below min_target_var = '
+        raise RunError(f'the variance of the targets fell to {variance:.2g}, below min_target_var = '
                                f'{settings.min_target_var:g}: the teacher has collapsed; lower lr or raise ema_start; '
                                f'{settings.out_dir} holds the last checkpoint')
     if variance < COLLAPSED:
@@ -372,14 +377,14 @@ def monitor_clips(settings):
     """(train, valid) clips of eval_dataset's training split, at most eval_clips together; None without such a set."""
     if not settings.eval_dataset:
         return None
-    clips = data.open_clips([settings.eval_dataset], settings.data_dir)
+    clips = open_clips([settings.eval_dataset], settings.data_dir)
     if clips.multi_label or not clips.classes:
-        raise configurator.ConfigError(f'eval_dataset = {settings.eval_dataset!r} needs one label per clip for its kNN '
+        raise ConfigError(f'eval_dataset = {settings.eval_dataset!r} needs one label per clip for its kNN '
                                        'accuracy: leave it out')
-    chosen = data.random(settings.seed, 'few_labels').permutation(len(clips))[:settings.eval_clips]
-    train, valid = data.carve_validation(clips.select(chosen), 0.3)
+    chosen = randomness.random(settings.seed, 'few_labels').permutation(len(clips))[:settings.eval_clips]
+    train, valid = carve_validation(clips.select(chosen), 0.3)
     if not len(train) or not len(valid):
-        raise configurator.ConfigError(f'eval_dataset = {settings.eval_dataset!r} has too few clips for a kNN accuracy')
+        raise ConfigError(f'eval_dataset = {settings.eval_dataset!r} has too few clips for a kNN accuracy')
     return train, valid
 
 
@@ -399,19 +404,19 @@ def monitor(model, labelled, settings, config, process, autocast):
 
 def settings_next(settings):
     """What to type next."""
-    name = settings.eval_dataset or data.words(settings.dataset)[0]
-    if not data.read_meta(os.path.join(settings.data_dir, name))['classes']:
+    name = settings.eval_dataset or configurator.words(settings.dataset)[0]
+    if not read_meta(os.path.join(settings.data_dir, name))['classes']:
         return f'next:  python eval.py --ckpt={settings.out_dir}/ckpt.pt --dataset={name} --embed=embeddings.npz'
     lines = [f'next:  python eval.py --ckpt={settings.out_dir}/ckpt.pt --dataset={name}      # kNN and linear probe']
     config = f'config/finetune_{name}.py'
-    if os.path.exists(os.path.join(runtime.MODULE_DIR, config)):
+    if os.path.exists(os.path.join(ROOT, config)):
         lines.append(f'       python finetune.py {config} --ckpt={settings.out_dir}/ckpt.pt')
     return '\n'.join(lines)
 
 
 def run(argv):
-    train(configurator.configure(__file__, argv, (os.path.join(runtime.MODULE_DIR, 'model.py'), 'ASDAConfig')))
+    train(configurator.configure(__file__, argv, (os.path.join(ROOT, 'model.py'), 'ASDAConfig')))
 
 
 if __name__ == '__main__':
-    runtime.main(run)
+    processes.main(run)

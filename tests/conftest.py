@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from engine import processes
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHARED = os.path.join(os.path.dirname(ROOT), 'shared')
 needs_shared = pytest.mark.skipif(not os.path.isdir(os.path.join(SHARED, 'audio')),
@@ -41,13 +43,12 @@ def write_wav(path, samples, rate=16000):
 
 def call(run, *argv):
     """run(argv) as the script would -> (exit code, stdout, stderr); a traceback fails the test."""
-    import runtime
     out, err = io.StringIO(), io.StringIO()
     argv_before, sys.argv = sys.argv, ['script', *map(str, argv)]
     code = 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            runtime.main(run)
+            processes.main(run)
     except SystemExit as stop:
         code = stop.code or 0
     finally:

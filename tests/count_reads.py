@@ -8,9 +8,10 @@ import sys
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from engine import processes
+
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import pretrain  # noqa: E402
-import runtime  # noqa: E402
 
 aten = torch.ops.aten
 READING = {aten._local_scalar_dense, aten.nonzero, aten.equal, aten.masked_select, aten._unique2, aten.unique_dim,
@@ -42,7 +43,7 @@ def counting(method):
 
 def run(argv):
     counts = []
-    runtime.Late.swap = lambda *arguments, **options: counts.append(Reads.count) or []     # this one is a step late
+    processes.Late.swap = lambda *arguments, **options: counts.append(Reads.count) or []     # this one is a step late
     for name in ('tolist', 'numpy', 'cpu', '__array__'):                    # these leave PyTorch without an operator
         setattr(torch.Tensor, name, counting(getattr(torch.Tensor, name)))
     with Reads():
@@ -51,4 +52,4 @@ def run(argv):
 
 
 if __name__ == '__main__':
-    runtime.main(run)
+    processes.main(run)

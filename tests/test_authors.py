@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-import authors
+from checkpoints import authors
+from engine.errors import CheckpointError
 from model import ASDAConfig, Classifier
-from runtime import CheckpointError
 
 from .conftest import call, is_one_line_error
 

@@ -12,14 +12,15 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import bench
 import data
 import model as model_file
 import pretrain
-import runtime
+from audio import WINDOWS
+from engine import processes
 from model import ASDA, ASDAConfig
+from tools import authors_arrangement as authors
+from tools import bench
 
-from . import authors_arrangement as authors
 from .conftest import ROOT, TINY, call, is_one_line_error
 
 SMALL = {'n_layer': 2, 'n_head': 4, 'n_embd': 32, 'frames': 96, 'decoder_layers': 2, 'decoder_groups': 4,
@@ -132,7 +133,7 @@ def test_the_arrangement_refuses_what_the_authors_code_has_not(change):
         authors.Arrangement(ASDAConfig(**SMALL, **change))
 
 
-@pytest.mark.parametrize('window', data.WINDOWS)
+@pytest.mark.parametrize('window', WINDOWS)
 def test_spectrograms_clip_by_clip(window):
     """Clips longer and shorter than the input, against data.log_mel."""
     pcm = torch.randint(-9000, 9000, (3, 16000), dtype=torch.int16, generator=torch.Generator().manual_seed(0))
@@ -264,7 +265,7 @@ def test_a_profile_is_a_trace(tmp_path):
 def test_config_files_of_pretraining_serve_as_they_are(config):
     settings = bench.configure([os.path.join(ROOT, 'config', config)])
     assert settings.dataset == '' and pretrain.model_config(settings).frames == settings.frames
-    assert bench.check(settings, runtime.Process(0, 1, torch.device('cpu'))) == list(bench.SECTIONS)[:-1]
+    assert bench.check(settings, processes.Process(0, 1, torch.device('cpu'))) == list(bench.SECTIONS)[:-1]
 
 
 def test_defaults_depend_on_the_device(monkeypatch):
@@ -293,4 +294,4 @@ def test_bad_settings_are_one_line(arguments, words):
 
 def test_more_than_one_process_is_refused():
     with pytest.raises(bench.configurator.ConfigError, match='one process'):
-        bench.check(bench.configure(SHORT), runtime.Process(0, 2, torch.device('cpu')))
+        bench.check(bench.configure(SHORT), processes.Process(0, 2, torch.device('cpu')))

@@ -5,7 +5,8 @@ import pytest
 
 import configurator
 import pretrain
-from configurator import ConfigError, configure
+from configurator import configure
+from engine.errors import ConfigError
 
 from .conftest import ROOT, call, is_one_line_error, script
 

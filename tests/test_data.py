@@ -16,7 +16,10 @@ import torchaudio
 from torchaudio.compliance import kaldi
 
 import data
-from data import DataError
+from audio import WINDOWS, frames_in, samples_for
+from audio import clips as clips_file
+from audio.clips import Clips, open_clips, sampling_weights, task_splits
+from engine.errors import DataError
 
 from .conftest import SHARED, needs_shared
 
@@ -32,14 +35,14 @@ def check_batch(waves, window):
     for row, wave in zip(batch, waves):
         row[:len(wave)] = wave
     result = data.fbank(batch, lengths, window)
-    assert result.shape == (len(waves), data.frames_in(int(lengths.max())), 128)
+    assert result.shape == (len(waves), frames_in(int(lengths.max())), 128)
     for row, wave in zip(result, waves):
         want = reference_fbank(wave, window)
         assert (row[:len(want)] - want).abs().max() < 1e-3
         assert not row[len(want):].any()                                    # padding is 0 in the log-mel domain
 
 
-@pytest.mark.parametrize('window', data.WINDOWS)
+@pytest.mark.parametrize('window', WINDOWS)
 @pytest.mark.parametrize('rate', [8000, 11025, 16000, 22050, 44100, 48000])
 def test_fbank_equals_kaldi_on_a_padded_batch(window, rate):
     rng = np.random.default_rng(rate)
@@ -52,7 +55,7 @@ def test_fbank_equals_kaldi_on_a_padded_batch(window, rate):
 
 
 @needs_shared
-@pytest.mark.parametrize('window', data.WINDOWS)
+@pytest.mark.parametrize('window', WINDOWS)
 def test_fbank_equals_kaldi_on_real_clips_of_every_rate(window):
     files = []
     with zipfile.ZipFile(os.path.join(SHARED, 'audio', 'free-spoken-digit-dataset-master.zip')) as archive:
@@ -162,8 +165,8 @@ def test_order_is_a_permutation_per_epoch_from_any_start():
 
 
 def test_batches_do_not_depend_on_the_number_of_processes_or_workers(data_dir):
-    clips = data.open_clips(['noises', 'demo'], data_dir)
-    assert clips.length.max() > data.samples_for(64)                        # so that there are crops
+    clips = open_clips(['noises', 'demo'], data_dir)
+    assert clips.length.max() > samples_for(64)                        # so that there are crops
     whole = data.PretrainBatches(clips, 64, 8, range(8), seed=3)
     halves = [data.PretrainBatches(clips, 64, 8, places, seed=3) for places in (range(4), range(4, 8))]
     for step in (0, 5, 60):
@@ -178,7 +181,7 @@ def finetune_batches(clips, places, **options):
 
 
 def test_augmented_batches_do_not_depend_on_the_number_of_processes(data_dir):
-    clips = data.open_clips(['noises'], data_dir)
+    clips = open_clips(['noises'], data_dir)
     whole = finetune_batches(clips, data.mirrored_places(8, 0, 1))
     for step in range(4):
         batch = whole[step]
@@ -227,7 +230,7 @@ def test_augmentations_one_by_one():
 
 
 def test_draws_have_the_stated_ranges(data_dir):
-    batches = finetune_batches(data.open_clips(['noises'], data_dir), [0])
+    batches = finetune_batches(open_clips(['noises'], data_dir), [0])
     draws = [batches.draw(np.random.default_rng(i)) for i in range(2000)]
     widths = np.array([[d['bands'][1] - d['bands'][0], d['times'][1] - d['times'][0]] for d in draws])
     assert widths.min(axis=0).tolist() == [0, 0] and widths.max() <= 0.3 * 128
@@ -241,7 +244,7 @@ def test_draws_have_the_stated_ranges(data_dir):
 
 
 def test_statistics_pool_the_real_frames_of_a_union(data_dir):
-    clips = data.open_clips(['demo', 'noises'], data_dir)
+    clips = open_clips(['demo', 'noises'], data_dir)
     values = []
     for i in range(len(clips)):
         wave = torch.from_numpy(clips.read(i).astype(np.float32) / 32768)
@@ -252,16 +255,16 @@ def test_statistics_pool_the_real_frames_of_a_union(data_dir):
 
 
 def test_splits_are_disjoint_stable_and_counted(data_dir):
-    train, valid, test, whole = data.task_splits('demo', data_dir, labels_per_class=3, seed=1)
+    train, valid, test, whole = task_splits('demo', data_dir, labels_per_class=3, seed=1)
     assert len(whole) == 160 and set(train.keys()) | set(valid.keys()) < set(whole.keys())
     assert np.bincount(train.label).tolist() == [3] * 10
     sets = [set(part.keys()) for part in (train, valid, test)]
     assert not sets[0] & sets[1] and not sets[0] & sets[2] and not sets[1] & sets[2]
-    again, other = (data.task_splits('demo', data_dir, labels_per_class=3, seed=seed)[0] for seed in (1, 2))
+    again, other = (task_splits('demo', data_dir, labels_per_class=3, seed=seed)[0] for seed in (1, 2))
     assert again.keys() == train.keys() != other.keys()
-    assert set(data.task_splits('demo', data_dir, labels_per_class=3, seed=2)[1].keys()) == sets[1]
+    assert set(task_splits('demo', data_dir, labels_per_class=3, seed=2)[1].keys()) == sets[1]
     assert (train.fingerprint() != other.fingerprint()
-            == data.task_splits('demo', data_dir, labels_per_class=3, seed=2)[0].fingerprint())
+            == task_splits('demo', data_dir, labels_per_class=3, seed=2)[0].fingerprint())
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
@@ -325,7 +328,7 @@ def test_a_damaged_set_is_named(data_dir, tmp_path, kind):
     shutil.copytree(os.path.join(data_dir, 'noises'), tmp_path / 'noises')
     damage(kind, str(tmp_path / 'noises'))
     with pytest.raises(DataError, match='noises'):
-        data.open_clips(['noises'], str(tmp_path))
+        open_clips(['noises'], str(tmp_path))
 
 
 @pytest.mark.parametrize('options, message', [
@@ -338,20 +341,20 @@ def test_a_damaged_set_is_named(data_dir, tmp_path, kind):
     ({'names': ['noises'], 'only_fold': '3'}, "fold '3'")])
 def test_wrong_selections_are_named(data_dir, options, message):
     with pytest.raises(DataError, match=message):
-        data.open_clips(data_dir=data_dir, **options)
+        open_clips(data_dir=data_dir, **options)
 
 
 def test_silence_has_no_statistics(data_dir):
-    clips = data.open_clips(['noises'], data_dir)
-    values = data.frames_in(clips.length)[:, None] * 128.0
+    clips = open_clips(['noises'], data_dir)
+    values = frames_in(clips.length)[:, None] * 128.0
     clips.arrays['stats'] = np.stack([values * -15, values * 225], axis=2).repeat(2, axis=1)
     with pytest.raises(DataError, match='noises do not vary'):
         clips.statistics('hamming')
 
 
 def test_only_so_many_shards_are_open_at_a_time(data_dir, monkeypatch):
-    monkeypatch.setattr(data, 'MAX_OPEN_SHARDS', 2)
-    clips = data.open_clips(['noises', 'demo'], data_dir, ['train', 'test'])
+    monkeypatch.setattr(clips_file, 'MAX_OPEN_SHARDS', 2)
+    clips = open_clips(['noises', 'demo'], data_dir, ['train', 'test'])
     for i in range(0, len(clips), 7):
         assert len(clips.read(i)) == clips.length[i]
         assert len(clips.opened) <= 2
@@ -360,7 +363,7 @@ def test_only_so_many_shards_are_open_at_a_time(data_dir, monkeypatch):
 
 def test_too_few_labels_are_named(data_dir):
     with pytest.raises(DataError, match='labels_per_class = 500'):
-        data.task_splits('demo', data_dir, labels_per_class=500)
+        task_splits('demo', data_dir, labels_per_class=500)
 
 
 # ---------------------------------------------------------------------------------------------------- weighted sampling
@@ -397,19 +400,19 @@ def test_weighted_draws_of_audioset_take_little_time_and_memory():
 
 def test_sampling_weights_are_audiomaes_formula():
     labels = np.random.default_rng(0).random((40000, 12)) < np.linspace(0.001, 0.5, 12)
-    clips = data.Clips([], {'offset': np.zeros(40000), 'label': np.packbits(labels, axis=1)},
+    clips = Clips([], {'offset': np.zeros(40000), 'label': np.packbits(labels, axis=1)},
                        [{'classes': list(range(12)), 'multi_label': True}])
     want = (labels * (1000 / (labels.sum(axis=0) + 0.01))).sum(axis=1)
-    np.testing.assert_allclose(data.sampling_weights(clips), want, rtol=1e-5)
-    one = data.Clips([], {'offset': np.zeros(6), 'label': np.array([0, 0, 0, 1, 1, 2])},
+    np.testing.assert_allclose(sampling_weights(clips), want, rtol=1e-5)
+    one = Clips([], {'offset': np.zeros(6), 'label': np.array([0, 0, 0, 1, 1, 2])},
                      [{'classes': ['a', 'b', 'c'], 'multi_label': False}])
-    np.testing.assert_allclose(data.sampling_weights(one), 1000 / (np.array([3, 3, 3, 2, 2, 1]) + 0.01), rtol=1e-6)
+    np.testing.assert_allclose(sampling_weights(one), 1000 / (np.array([3, 3, 3, 2, 2, 1]) + 0.01), rtol=1e-6)
 
 
 def test_every_process_takes_its_share_of_one_weighted_draw():
     """The clips of two processes are, place by place, those of one."""
     weights = np.linspace(1, 2, 50)
-    clips = data.Clips([], {'offset': np.arange(50)}, [])
+    clips = Clips([], {'offset': np.arange(50)}, [])
     parts = [data.FinetuneBatches(clips, 64, 8, data.mirrored_places(8, rank, 2), 3, 1, weights=weights, epoch_clips=20)
              for rank in (0, 1)]
     whole = data.FinetuneBatches(clips, 64, 8, range(8), 3, 1, weights=weights, epoch_clips=20)

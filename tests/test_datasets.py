@@ -22,12 +22,18 @@ import torchaudio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data
 import eval as evaluation
 import finetune
 import prepare
 import pretrain
-import sources
+from audio import decoding
+from audio.clips import open_clips
+from audio.sources import Files
+from checkpoints.opening import open_checkpoint
+from recipes import audioset as audioset_recipe
+from recipes import esc50, fsdd, speechcommands
+from recipes import plan as plan_file
+from recipes.plan import SHARD_CLIPS
 
 from .conftest import ROOT, TINY, call, is_one_line_error
 from .test_finetune import pretrained  # noqa: F401  (fixture)
@@ -141,7 +147,7 @@ def test_audioset_is_found_labelled_tuned_on_and_evaluated(audioset, pretrained)
         and 'unbalanced_train_segments.csv: 2 of its 3 segments found' in result.out
         and 'warning: 5 classes' in result.out
     )
-    clips = data.open_clips(['as2m'], str(audioset))
+    clips = open_clips(['as2m'], str(audioset))
     assert clips.multi_label and clips.classes == LABELS and len(clips) == 8
     found = dict(zip(clips.keys(), clips.targets(np.arange(8))))
     for name, start, classes, file in [*BALANCED, *UNBALANCED[:2]]:
@@ -192,24 +198,24 @@ def test_the_default_names_of_the_parts(audioset, monkeypatch):
     folder=st.sampled_from(['', 'a/', '0f/3c/']),
 )
 def test_every_way_to_name_a_file_leads_to_its_segment(name, start, prefix, form, folder):
-    files = sources.Files('folder', '/')
+    files = Files('folder', '/')
     files.add('x/unrelated_30.wav')
     files.add(folder + prefix + name + form.format(start, start + 10, start * 1000, start * 1000 + 10000) + '.flac')
     ids, starts = np.array([b'-----------', name.encode(), b'zzzzzzzzzzz'], 'S11'), np.array([1, start * 1000, 2])
-    assert prepare.match_segments(ids, starts, files).tolist() == [-1, 1, -1]
-    other = prepare.match_segments(ids, starts + 3000, files).tolist()  # a start that is written must agree
+    assert audioset_recipe.match_segments(ids, starts, files).tolist() == [-1, 1, -1]
+    other = audioset_recipe.match_segments(ids, starts + 3000, files).tolist()  # a start that is written must agree
     assert other == ([-1, -1, -1] if form else [-1, 1, -1])
 
 
 def test_one_id_with_two_segments_is_told_apart_by_its_start():
-    files = sources.Files('folder', '/')
+    files = Files('folder', '/')
     for name in ('abcdefghijk_40.wav', 'abcdefghijk.wav', 'abcdefghijk_30000.wav', 'abcdefghijk_30.wav'):
         files.add(name)
     ids, starts = np.array([b'abcdefghijk'] * 2, 'S11'), np.array([30000, 40000])
-    assert prepare.match_segments(ids, starts, files).tolist() == [2, 0]  # the first of two for the same one
-    files = sources.Files('folder', '/')
+    assert audioset_recipe.match_segments(ids, starts, files).tolist() == [2, 0]  # the first of two for the same one
+    files = Files('folder', '/')
     files.add('abcdefghijk_16.1.wav')  # 16.1 * 1000 is not 16100 in floating point
-    assert prepare.match_segments(ids[:1], np.array([16100]), files).tolist() == [0]
+    assert audioset_recipe.match_segments(ids[:1], np.array([16100]), files).tolist() == [0]
 
 
 @pytest.mark.parametrize(
@@ -242,7 +248,7 @@ def test_damaged_lists_are_named(audioset, damage, words):
 
 
 def test_several_machines_make_the_bytes_of_one(audioset, monkeypatch):
-    monkeypatch.setattr(prepare, 'SHARD_CLIPS', 2)
+    monkeypatch.setattr(plan_file, 'SHARD_CLIPS', 2)
     lists, options = ['balanced_train', 'eval'], ['--max_bad=0.2']
     assert prepare_audioset(audioset, lists, *options, f'--out_dir={audioset}/one/set').code == 0
     for part in (2, 3, 1):
@@ -277,26 +283,26 @@ def test_a_plan_of_many_clips_takes_little_memory(monkeypatch, tmp_path, capsys)
     )
 
     def many(*_):
-        files = sources.Files('folder', '/audio')
+        files = Files('folder', '/audio')
         for name in names:
             files.add(f'{name[:2]}/{name}_30000_40000.flac')
         return files
 
-    monkeypatch.setattr(prepare, 'list_source', many)
+    monkeypatch.setattr(audioset_recipe, 'list_source', many)
     options = prepare.configurator.configure(
         prepare.__file__,
         [f'--source={tmp_path}', f'--segments={tmp_path}/unbalanced_segments.csv', f'--labels={tmp_path}/labels.csv'],
     )
     tracemalloc.start()
     try:
-        plan = prepare.plan_audioset(options)
+        plan = audioset_recipe.plan_audioset(options)
         kept, _ = tracemalloc.get_traced_memory()
         shards = plan.shards()
     finally:
         tracemalloc.stop()
     assert f'{n:,} of its {n:,} segments found' in capsys.readouterr().out
     assert kept / n < 150, kept / n
-    assert len(shards) == -(-n // prepare.SHARD_CLIPS)
+    assert len(shards) == -(-n // SHARD_CLIPS)
     first = plan.entry(shards[0][1][0])
     assert first.key == f'{min(names)}_30000' and first.label == (0, 2)
     assert first.place == ('file', f'/audio/{min(names)[:2]}/{min(names)}_30000_40000.flac')
@@ -328,26 +334,26 @@ def encoded(ffmpeg, suffix, seconds=0.5):
 def without_decoder(monkeypatch, tmp_path):
     monkeypatch.setenv('PATH', str(tmp_path / 'empty'))
     monkeypatch.setitem(__import__('sys').modules, 'torchcodec.decoders', None)
-    sources.other_decoder.cache_clear()
+    decoding.other_decoder.cache_clear()
     yield
-    sources.other_decoder.cache_clear()
+    decoding.other_decoder.cache_clear()
 
 
 @pytest.mark.parametrize('suffix', ['.m4a', '.webm', '.aac', '.wma', '.mkv', '.mp4'])
 def test_ffmpeg_decodes_what_soundfile_cannot(ffmpeg, suffix, without_decoder, monkeypatch):
     content = encoded(ffmpeg, suffix)
     with pytest.raises(ValueError, match='neither is installed'):
-        sources.decode(content, 60)
+        decoding.decode(content, 60)
     monkeypatch.setenv('PATH', ffmpeg)
-    sources.other_decoder.cache_clear()
-    wave = sources.decode(content, 60)
+    decoding.other_decoder.cache_clear()
+    wave = decoding.decode(content, 60)
     assert abs(len(wave) - 8000) < 1500
     middle = wave[2000:6096]
     assert abs(np.argmax(np.abs(np.fft.rfft(middle * np.hanning(4096)))) * 16000 / 4096 - 440) < 4
     with pytest.raises(ValueError, match='longer than'):
-        sources.decode(encoded(ffmpeg, suffix, 2.0), 0.5)
+        decoding.decode(encoded(ffmpeg, suffix, 2.0), 0.5)
     with pytest.raises(ValueError, match='ffmpeg'):
-        sources.decode(content[:40], 60)
+        decoding.decode(content[:40], 60)
 
 
 def test_files_without_a_decoder_are_counted_and_the_message_says_what_to_install(
@@ -361,9 +367,9 @@ def test_files_without_a_decoder_are_counted_and_the_message_says_what_to_instal
     accepted = run('folder', f'--source={source}', f'--out_dir={tmp_path}/set', '--max_bad=0.3')
     assert accepted.code == 0 and '2 of the skipped files need torchcodec or the ffmpeg program' in accepted.out
     monkeypatch.setenv('PATH', ffmpeg)
-    sources.other_decoder.cache_clear()
+    decoding.other_decoder.cache_clear()
     assert run('folder', f'--source={source}', f'--out_dir={tmp_path}/set', '--overwrite', '--test_part=0').code == 0
-    assert len(data.open_clips(['set'], str(tmp_path))) == 8
+    assert len(open_clips(['set'], str(tmp_path))) == 8
 
 
 def test_torchcodec_is_asked_for_no_more_than_is_allowed(monkeypatch):
@@ -379,30 +385,30 @@ def test_torchcodec_is_asked_for_no_more_than_is_allowed(monkeypatch):
             data = torch.full((channels, int(min(seconds, stop) * rate)), 0.25)
             return types.SimpleNamespace(data=data, sample_rate=rate)
 
-    monkeypatch.setattr(sources, 'other_decoder', lambda: Decoder)
+    monkeypatch.setattr(decoding, 'other_decoder', lambda: Decoder)
     content = b'\x00\x00\x00\x18ftypM4A '
     rate, channels, seconds = 48000, 2, 0.5
-    wave = sources.decode(content, 60)
+    wave = decoding.decode(content, 60)
     assert abs(len(wave) - 8000) < 3 and abs(wave[4000] - 0.25) < 1e-3 and asked == [61]
     seconds = 3.0
     with pytest.raises(ValueError, match='longer than'):
-        sources.decode(content, 2)
-    monkeypatch.setattr(sources, 'MAX_SAMPLES', 48000)
+        decoding.decode(content, 2)
+    monkeypatch.setattr(decoding, 'MAX_SAMPLES', 48000)
     with pytest.raises(ValueError, match='longer than|more than'):
-        sources.decode(content, 60)
+        decoding.decode(content, 60)
     assert asked[-1] == 0.5  # both channels together
     rate = 2_000_000
     with pytest.raises(ValueError, match='2000000 Hz'):
-        sources.decode(content, 60)
+        decoding.decode(content, 60)
 
 
 def test_a_playlist_cannot_make_ffmpeg_open_other_files(ffmpeg, without_decoder, monkeypatch, tmp_path):
     (tmp_path / 'secret.aac').write_bytes(encoded(ffmpeg, '.aac'))
     monkeypatch.setenv('PATH', ffmpeg)
-    sources.other_decoder.cache_clear()
+    decoding.other_decoder.cache_clear()
     for head in (b'', b'\x00\x00\x00\x18ftypM4A ', b'\x1a\x45\xdf\xa3'):
         with pytest.raises((ValueError, RuntimeError)):
-            sources.decode(head + f'#EXTM3U\n#EXTINF:1,\n{tmp_path}/secret.aac\n'.encode(), 60)
+            decoding.decode(head + f'#EXTM3U\n#EXTINF:1,\n{tmp_path}/secret.aac\n'.encode(), 60)
 
 
 # ------------------------------------------------------------------------------------------------------ Speech Commands
@@ -444,7 +450,7 @@ def test_speech_commands_split_is_torchaudios(tmp_path, packing, pretrained):  #
             theirs.get_metadata(i)[0].split('speech_commands_v0.02/')[1]: theirs.get_metadata(i)[2]
             for i in range(len(theirs))
         }
-        clips = data.open_clips(['spc'], str(tmp_path), [split])
+        clips = open_clips(['spc'], str(tmp_path), [split])
         assert {key: clips.classes[label] for key, label in zip(clips.keys(), clips.label)} == want
     told, evaluated = tune_and_evaluate('finetune_spc2.py', 'spc', pretrained, tmp_path)
     assert '15 training, 3 validation, 6 test clips' in told and 'accuracy' in evaluated
@@ -509,14 +515,14 @@ def whole_esc50():
 
 
 def test_esc50_is_downloaded_checked_and_tuned_on_in_five_folds(tmp_path, server, monkeypatch, pretrained):  # noqa: F811
-    monkeypatch.setattr(prepare, 'ESC50_URL', f'{server}/esc50.zip')
+    monkeypatch.setattr(esc50, 'ESC50_URL', f'{server}/esc50.zip')
     zipped(tmp_path / 'web/esc50.zip', esc_files())
     refused = run('esc50', f'--out_dir={tmp_path}/esc50')
     assert is_one_line_error(refused, '10 clips instead of 2,000') and not os.path.exists(tmp_path / 'esc50')
     zipped(tmp_path / 'web/esc50.zip', whole_esc50())
     assert run('esc50', f'--out_dir={tmp_path}/esc50').code == 0
     assert sorted(os.listdir(tmp_path / 'esc50')) == ['meta.json', 'train-00000.npz', 'train-00000.pcm']  # no archive
-    assert len(data.open_clips(['esc50'], str(tmp_path), only_fold='3')) == 400
+    assert len(open_clips(['esc50'], str(tmp_path), only_fold='3')) == 400
     told, _ = tune_and_evaluate('finetune_esc50.py', 'esc50', pretrained, tmp_path, '--fold=all', '--batch_size=8')
     last = told.splitlines()[-1]
     values = [float(value) for value in re.findall(r'fold \d ([\d.]+)%', last)]
@@ -526,14 +532,14 @@ def test_esc50_is_downloaded_checked_and_tuned_on_in_five_folds(tmp_path, server
 
 def test_fsdd_and_speech_commands_are_downloaded(tmp_path, server, monkeypatch):
     zipped(tmp_path / 'web/fsdd.zip', fsdd_files())
-    monkeypatch.setattr(prepare, 'FSDD_URL', f'{server}/fsdd.zip')
-    assert run('fsdd', f'--out_dir={tmp_path}/fsdd').code == 0 and len(data.open_clips(['fsdd'], str(tmp_path))) == 40
+    monkeypatch.setattr(fsdd, 'FSDD_URL', f'{server}/fsdd.zip')
+    assert run('fsdd', f'--out_dir={tmp_path}/fsdd').code == 0 and len(open_clips(['fsdd'], str(tmp_path))) == 40
     archive = tarred(tmp_path / 'web/spc.tar.gz', speech_commands(prefix='./'), 'w:gz')
-    monkeypatch.setattr(prepare, 'SPEECHCOMMANDS_URL', f'{server}/spc.tar.gz')
+    monkeypatch.setattr(speechcommands, 'SPEECHCOMMANDS_URL', f'{server}/spc.tar.gz')
     assert is_one_line_error(run('speechcommands', f'--out_dir={tmp_path}/spc'), 'checksum')
     assert not os.path.exists(tmp_path / 'spc')
     with open(archive, 'rb') as f:
-        monkeypatch.setattr(prepare, 'SPEECHCOMMANDS_SHA256', hashlib.sha256(f.read()).hexdigest())
+        monkeypatch.setattr(speechcommands, 'SPEECHCOMMANDS_SHA256', hashlib.sha256(f.read()).hexdigest())
     assert run('speechcommands', f'--out_dir={tmp_path}/spc').code == 0
     assert 'meta.json' in os.listdir(tmp_path / 'spc') and not any(
         'source' in name for name in os.listdir(tmp_path / 'spc')
@@ -542,7 +548,7 @@ def test_fsdd_and_speech_commands_are_downloaded(tmp_path, server, monkeypatch):
 
 def test_labels_of_audioset_are_downloaded(audioset, server, monkeypatch):
     shutil.move(audioset / 'labels.csv', audioset / 'web/class_labels_indices.csv')
-    monkeypatch.setattr(prepare, 'AUDIOSET_URL', f'{server}/')
+    monkeypatch.setattr(audioset_recipe, 'AUDIOSET_URL', f'{server}/')
     options = [f'--source={audioset}/audio', f'--segments={audioset}/eval_segments.csv']
     assert is_one_line_error(run('audioset', *options, f'--out_dir={audioset}/few'), '5 classes instead of 527')
     with open(audioset / 'web/class_labels_indices.csv', 'a', newline='') as f:
@@ -564,7 +570,7 @@ def test_a_server_that_speaks_nonsense(tmp_path, monkeypatch):
                 connection.sendall(b'nonsense\r\n\r\n')
 
         threading.Thread(target=answer, daemon=True).start()
-        monkeypatch.setattr(prepare, 'FSDD_URL', f'http://127.0.0.1:{listening.getsockname()[1]}/x.zip')
+        monkeypatch.setattr(fsdd, 'FSDD_URL', f'http://127.0.0.1:{listening.getsockname()[1]}/x.zip')
         assert is_one_line_error(run('fsdd', f'--out_dir={tmp_path}/set'), 'cannot download', '--source=PATH')
 
 
@@ -578,7 +584,7 @@ def test_a_download_that_fails_is_one_line_and_leaves_nothing(tmp_path, server, 
         (f'{server}/absent.zip', ['404']),
         ('http://127.0.0.1:9/x.zip', ['refused']),
     ):
-        monkeypatch.setattr(prepare, name, address)
+        monkeypatch.setattr({'fsdd': fsdd, 'esc50': esc50, 'speechcommands': speechcommands}[recipe], name, address)
         assert is_one_line_error(
             run(recipe, f'--out_dir={tmp_path}/set'), address, '--source=PATH' if words else 'run again', *words
         )
@@ -617,7 +623,7 @@ def test_one_ten_second_checkpoint_serves_every_length(tmp_path, data_dir, secon
     )
     assert result.code == 0 and f'{frames} frames' in result.out, result.err
     assert call(evaluation.run, f'--ckpt={tmp_path}/tuned/best.pt', f'--data_dir={data_dir}').code == 0
-    loaded = evaluation.open_checkpoint(str(tmp_path / 'tuned/best.pt'))
-    pre = evaluation.open_checkpoint(str(ckpt))
+    loaded = open_checkpoint(str(tmp_path / 'tuned/best.pt'))
+    pre = open_checkpoint(str(ckpt))
     assert loaded.config.frames == frames
     torch.testing.assert_close(loaded.encoder.positions, pre.encoder.positions)  # regenerated, the same at each place

@@ -14,13 +14,27 @@ from sklearn.neighbors import KNeighborsClassifier
 
 import data
 import eval as evaluation
-import runtime
+from audio import frames_in, samples_for
+from audio.clips import Clips, open_clips
+from checkpoints.opening import open_checkpoint
+from engine import processes
+from scoring.metrics import describe, metrics, ranking_scores
+from scoring.probes import (
+    PROBE_L2,
+    effective_rank,
+    features,
+    fit_logistic,
+    knn_accuracy,
+    knn_scores,
+    linear_probe,
+    log_mel_statistics,
+)
 
 from .conftest import ROOT, SHARED, call, is_one_line_error, needs_shared, write_wav
 from .test_finetune import pretrained, straight  # noqa: F401  (fixtures)
 
 FIXTURES = os.path.join(ROOT, 'tests', 'fixtures')
-CPU = runtime.Process(0, 1, torch.device('cpu'))
+CPU = processes.Process(0, 1, torch.device('cpu'))
 
 
 # -------------------------------------------------------------------------------------------------------------- metrics
@@ -33,7 +47,7 @@ def test_ranking_scores_are_scikit_learns(levels):
         labels[rng.permutation(200)[:positives]] = True
         scores = rng.integers(levels, size=200) / levels                    # few levels: many ties
         want = average_precision_score(labels, scores), roc_auc_score(labels, scores) if positives < 200 else np.nan
-        assert evaluation.ranking_scores(labels, scores) == pytest.approx(want, abs=1e-12, nan_ok=True)
+        assert ranking_scores(labels, scores) == pytest.approx(want, abs=1e-12, nan_ok=True)
 
 
 def test_ranking_scores_of_audioset_take_no_time():
@@ -44,7 +58,7 @@ def test_ranking_scores_of_audioset_take_no_time():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     began = time.process_time()
-    result, rows = evaluation.metrics(scores, labels, True)
+    result, rows = metrics(scores, labels, True)
     assert time.process_time() - began < 2
     torch.set_num_threads(threads)
     for c in (0, 100, 526):
@@ -57,7 +71,7 @@ def test_map_leaves_out_classes_without_a_positive():
     rng = np.random.default_rng(0)
     labels, scores = rng.random((100, 6)) < 0.2, rng.standard_normal((100, 6))
     labels[:, 2] = False
-    result, rows = evaluation.metrics(scores, labels, True)
+    result, rows = metrics(scores, labels, True)
     want = np.mean([average_precision_score(labels[:, c], scores[:, c]) for c in (0, 1, 3, 4, 5)])
     assert result['mAP'] == pytest.approx(want) and result['classes'] == 5
     assert rows[2][0] == 0 and np.isnan(rows[2][1:]).all()
@@ -68,9 +82,9 @@ def test_map_leaves_out_classes_without_a_positive():
 
 def test_accuracy_counts():
     logits, labels = np.eye(4)[[0, 1, 2, 3, 3]], np.eye(4)[[0, 1, 2, 2, 3]]
-    result, rows = evaluation.metrics(logits, labels, False)
+    result, rows = metrics(logits, labels, False)
     assert (result['right'], result['clips'], result['accuracy']) == (4, 5, 0.8) and rows[2] == (2, 0.5)
-    assert evaluation.describe(result) == 'accuracy 80.0% (4 of 5)'
+    assert describe(result) == 'accuracy 80.0% (4 of 5)'
 
 
 def blobs(seed, n=150, classes=4, d=10, spread=2.0):
@@ -82,17 +96,17 @@ def blobs(seed, n=150, classes=4, d=10, spread=2.0):
 
 def test_knn_is_scikit_learns_but_for_ties():
     (x, y), (t, z) = blobs(0), blobs(1)
-    ours = evaluation.knn_scores(x, y, t, 4)
+    ours = knn_scores(x, y, t, 4)
     theirs = KNeighborsClassifier(10, metric='cosine').fit(x, y).predict_proba(t)
     np.testing.assert_allclose(np.floor(ours + 1e-3), theirs * 10, atol=1e-6)
-    assert evaluation.knn_accuracy(x, y, t, z) == pytest.approx((ours.argmax(1) == z).mean())
-    assert evaluation.knn_accuracy(x, y, x, y, k=1) == 1.0
+    assert knn_accuracy(x, y, t, z) == pytest.approx((ours.argmax(1) == z).mean())
+    assert knn_accuracy(x, y, x, y, k=1) == 1.0
 
 
 @pytest.mark.parametrize('strength', [1e-3, 1e-1])
 def test_logistic_regression_is_scikit_learns(strength):
     x, y = blobs(0)
-    ours = evaluation.fit_logistic(torch.from_numpy(x).double(), torch.eye(4)[y].double(), strength, False,
+    ours = fit_logistic(torch.from_numpy(x).double(), torch.eye(4)[y].double(), strength, False,
                                    torch.zeros(11, 4, dtype=torch.float64))
     theirs = LogisticRegression(C=1 / (strength * len(x)), tol=1e-10, max_iter=10000).fit(x.astype(np.float64), y)
     np.testing.assert_allclose(x @ ours[1:].numpy() + ours[0].numpy()
@@ -103,43 +117,43 @@ def test_logistic_regression_is_scikit_learns(strength):
 
 def test_probe_chooses_its_strength_on_the_validation_part():
     (x, y), (v, w), (t, z) = blobs(0, 40, d=40), blobs(1, 400, d=40), blobs(2, 400, d=40)
-    logits, strength = evaluation.linear_probe((x, np.eye(4)[y]), (v, np.eye(4)[w]), t, False)
+    logits, strength = linear_probe((x, np.eye(4)[y]), (v, np.eye(4)[w]), t, False)
     mean, std = x.mean(0), x.std(0) + 1e-6
     best = max(LogisticRegression(C=1 / (s * 40), max_iter=5000).fit((x - mean) / std, y).score((v - mean) / std, w)
-               for s in evaluation.PROBE_L2)
+               for s in PROBE_L2)
     chosen = LogisticRegression(C=1 / (strength * 40), max_iter=5000).fit((x - mean) / std, y)
     assert chosen.score((v - mean) / std, w) == pytest.approx(best, abs=0.01)
     assert (logits.argmax(1) == z).mean() == pytest.approx(chosen.score((t - mean) / std, z), abs=0.02)
-    many = evaluation.linear_probe((x, np.eye(4)[y]), (v, np.eye(4)[w]), t, True)[0]
-    assert evaluation.metrics(many, np.eye(4)[z], True)[0]['mAP'] > 0.5
+    many = linear_probe((x, np.eye(4)[y]), (v, np.eye(4)[w]), t, True)[0]
+    assert metrics(many, np.eye(4)[z], True)[0]['mAP'] > 0.5
 
 
 def test_effective_rank():
     rng = np.random.default_rng(0)
-    assert evaluation.effective_rank(np.outer(rng.standard_normal(500), rng.standard_normal(8))) == pytest.approx(
+    assert effective_rank(np.outer(rng.standard_normal(500), rng.standard_normal(8))) == pytest.approx(
         1, abs=1e-3)
-    assert evaluation.effective_rank(rng.standard_normal((5000, 8))) > 7.9
+    assert effective_rank(rng.standard_normal((5000, 8))) > 7.9
 
 
 def test_features_ignore_padding_and_do_not_depend_on_the_batch(data_dir, pretrained):      # noqa: F811
-    loaded = evaluation.open_checkpoint(pretrained)
-    clips = data.open_clips(['noises'], data_dir)
-    big, small = (evaluation.features(loaded.encoder.eval(), clips, loaded.spectrum, CPU, torch.no_grad,
+    loaded = open_checkpoint(pretrained)
+    clips = open_clips(['noises'], data_dir)
+    big, small = (features(loaded.encoder.eval(), clips, loaded.spectrum, CPU, torch.no_grad,
                                       batch_size=size) for size in (64, 3))
     for a, b in zip(big, small):
         np.testing.assert_allclose(a, b, atol=1e-5)
     shortest = int(np.argmin(clips.length))
-    rows = -(-int(data.frames_in(clips.length[shortest])) // 16)
-    batch = data.stack([clips.read(shortest, count=data.samples_for(64))], data.samples_for(64))
+    rows = -(-int(frames_in(clips.length[shortest])) // 16)
+    batch = data.stack([clips.read(shortest, count=samples_for(64))], samples_for(64))
     with torch.no_grad():
         x = loaded.encoder(data.log_mel(batch['pcm'], batch['lengths'], **loaded.spectrum))
     np.testing.assert_allclose(big[1][shortest], x[0, 1:1 + min(rows, 4) * 8].mean(0), atol=1e-5)
 
 
 def test_log_mel_statistics_are_over_real_frames(data_dir):
-    clips = data.open_clips(['noises'], data_dir)
-    frames = int(data.frames_in(clips.length.max()))
-    got = evaluation.log_mel_statistics(clips, {'frames': frames, 'window': 'hamming', 'mean': 0.0, 'std': 0.5,
+    clips = open_clips(['noises'], data_dir)
+    frames = int(frames_in(clips.length.max()))
+    got = log_mel_statistics(clips, {'frames': frames, 'window': 'hamming', 'mean': 0.0, 'std': 0.5,
                                                 'repeat': False}, CPU, batch_size=5)
     for i in (0, 3):
         wave = torch.from_numpy(clips.read(i).astype(np.float32) / 32768)[None]
@@ -155,7 +169,7 @@ def test_a_finetuned_checkpoint_on_its_test_split(straight, data_dir, tmp_path):
     assert result.code == 0 and 'accuracy' in result.out, result.err
     with open(tmp_path / 'classes.csv') as f:
         rows = list(csv.DictReader(f))
-    test = data.open_clips(['noises'], data_dir, ['test'])
+    test = open_clips(['noises'], data_dir, ['test'])
     assert [row['class'] for row in rows] == ['high', 'low'] and sum(int(row['clips']) for row in rows) == len(test)
     right = sum(round(float(row['accuracy'] or 0) * int(row['clips'])) for row in rows)
     assert f'({right} of {len(test)})' in result.out
@@ -225,10 +239,10 @@ def test_long_files_are_windowed_averaged_and_timed(straight, tmp_path):        
 
 
 def test_a_set_is_windowed_when_asked(straight, data_dir, tmp_path):                        # noqa: F811
-    test = data.open_clips(['noises'], data_dir, ['test'])
+    test = open_clips(['noises'], data_dir, ['test'])
     common = [f'--ckpt={straight}/best.pt', f'--data_dir={data_dir}', f'--csv_file={tmp_path}/classes.csv']
     first = call(evaluation.run, *common)
-    longer = (test.length > data.samples_for(64) + 2560).sum()
+    longer = (test.length > samples_for(64) + 2560).sum()
     assert longer and f'{longer} clips are longer than the input' in first.out
     result = call(evaluation.run, *common, '--hop=0.3')
     assert result.code == 0 and 'are longer' not in result.out, result.err
@@ -248,7 +262,7 @@ def test_a_set_is_windowed_when_asked(straight, data_dir, tmp_path):            
     (900, 1000, [0]), (3500, 1000, [0]), (3600, 1000, [0, 1000]), (10000, 4000, [0, 4000, 8000]),
     (12000, 4000, [0, 4000, 8000, 11000]), (7000, 500, [0, 500, 1000, 1500, 2000, 2500, 3000, 3500])])
 def test_windows_cover_a_clip_but_for_a_tail_shorter_than_a_patch(length, hop, starts):
-    clips = data.Clips([], {'offset': np.array([0, 50]), 'length': np.array([length, 10])}, [])
+    clips = Clips([], {'offset': np.array([0, 50]), 'length': np.array([length, 10])}, [])
     windows = clips.windows(1000, hop)
     assert windows.start.tolist() == [*starts, 0] and windows.clip.tolist() == [0] * len(starts) + [1]
     assert windows.length.tolist() == [min(length, 1000)] * len(starts) + [10]

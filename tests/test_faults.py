@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 import torch
 
-import data
-import eval as evaluation
 import pretrain
-import runtime
+from audio.clips import open_clips, task_splits
+from checkpoints.opening import open_checkpoint
+from engine.errors import CheckpointError, DataError
 
 from .conftest import ROOT, call, is_one_line_error, script
 from .test_finetune import RUN as FINETUNE
@@ -222,7 +222,7 @@ def test_a_full_disk_ends_the_run_with_a_line_and_the_checkpoint_before(data_dir
     code = (
         'import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); '
         'resource.setrlimit(resource.RLIMIT_FSIZE, (200000, 200000)); '
-        'import runtime, pretrain; runtime.main(pretrain.run)'
+        'import pretrain; from engine import processes; processes.main(pretrain.run)'
     )
     result = script('-c', code, *base, '--resume')
     assert result.returncode == 1 and 'could not write the checkpoint' in result.stderr and 'intact' in result.stderr
@@ -299,7 +299,8 @@ def test_a_changed_data_set_is_refused_unless_told(data_dir, tmp_path):
 
 def kill_prepare(tmp_path, times, seed):
     source = write_tree(tmp_path / 'x', noises(60))
-    shards = 'import prepare, runtime; prepare.SHARD_CLIPS = 7; runtime.main(prepare.run)'
+    shards = ('import prepare; from recipes import plan; from engine import processes; plan.SHARD_CLIPS = 7; '
+              'processes.main(prepare.run)')
     command = ['-c', shards, 'folder', f'--source={source}', '--workers=0']
     assert script(*command, f'--out_dir={tmp_path}/one/set').returncode == 0
     rng, out = np.random.default_rng(seed), tmp_path / 'two' / 'set'
@@ -361,7 +362,7 @@ from tests.test_faults import audio_file, mutations
 good = bad = 0
 for suffix in ('.wav', '.flac', '.ogg', '.mp3'):
     for content in mutations(audio_file(suffix, 0.3), {count}, seed=1):
-        prepare.read_bytes = lambda place: place[1]
+        read_bytes = lambda place: place[1]
         result = prepare.pack_clip(('bytes', content), 60)
         good, bad = good + (not isinstance(result, str)), bad + isinstance(result, str)
 print('good', good, 'bad', bad, 'peak MiB', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
@@ -386,16 +387,16 @@ def test_mutated_checkpoints_are_refused_or_read(data_dir, pretrained, tmp_path)
             for name, member in {**members, pickled: content}.items():
                 archive.writestr(name, member)
         try:
-            evaluation.open_checkpoint(str(tmp_path / 'x.pt'))
-        except runtime.CheckpointError:
+            open_checkpoint(str(tmp_path / 'x.pt'))
+        except CheckpointError:
             refused += 1
     assert refused > 100
     with open(pretrained, 'rb') as f:
         whole = f.read()
     for size in (0, 10, 1000, len(whole) // 2, len(whole) - 10):
         (tmp_path / 'torn.pt').write_bytes(whole[:size])
-        with pytest.raises(runtime.CheckpointError, match='torn.pt'):
-            evaluation.open_checkpoint(str(tmp_path / 'torn.pt'))
+        with pytest.raises(CheckpointError, match='torn.pt'):
+            open_checkpoint(str(tmp_path / 'torn.pt'))
 
 
 def test_names_that_are_not_utf8(tmp_path):
@@ -415,7 +416,7 @@ def test_names_that_are_not_utf8(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert (tmp_path / 'set' / 'skipped.tsv').read_text() == 'bad\\udcff name.wav\tFormat not recognised.\n'
-    assert len(data.open_clips(['set'], str(tmp_path))) == 1
+    assert len(open_clips(['set'], str(tmp_path))) == 1
 
 
 def test_a_meta_json_cannot_name_files_elsewhere(data_dir, tmp_path):
@@ -426,10 +427,10 @@ def test_a_meta_json_cannot_name_files_elsewhere(data_dir, tmp_path):
     path.write_text(
         json.dumps({**meta, 'name': '../../demo', 'splits': {'../../demo/train': {}, '../../demo/test': {}}})
     )
-    with pytest.raises(data.DataError, match='noises'):
-        data.task_splits('noises', str(tmp_path / 'inner'))
-    with pytest.raises(data.DataError, match='no clips left'):
-        data.open_clips(['noises'], str(tmp_path / 'inner'), ['../../demo/train'])
+    with pytest.raises(DataError, match='noises'):
+        task_splits('noises', str(tmp_path / 'inner'))
+    with pytest.raises(DataError, match='no clips left'):
+        open_clips(['noises'], str(tmp_path / 'inner'), ['../../demo/train'])
 
 
 # ------------------------------------------------------------------------------------------------ long and precise

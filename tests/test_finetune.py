@@ -12,8 +12,9 @@ import torch.nn.functional as F
 
 import finetune
 import pretrain
-import runtime
+from checkpoints import saving
 from configurator import configure
+from engine import processes
 from model import ASDAConfig, Classifier
 
 from .conftest import ROOT, TINY, call, is_one_line_error, script
@@ -48,7 +49,7 @@ def straight(pretrained, data_dir, tmp_path_factory):
 def test_layerwise_rates_and_decay():
     model = Classifier(ASDAConfig(n_layer=3, n_head=2, n_embd=32, frames=64, decoder_groups=4), 5)
     groups = finetune.make_optimizer(model, settings('--layer_decay=0.5'),
-                                     runtime.Process(0, 1, torch.device('cpu'))).param_groups
+                                     processes.Process(0, 1, torch.device('cpu'))).param_groups
     found = {id(p): (group['scale'], group['weight_decay']) for group in groups for p in group['params']}
     for name, p in model.named_parameters():
         block = int(name.split('.')[2]) if name.startswith('encoder.blocks') else 3
@@ -78,7 +79,7 @@ def test_losses_are_the_stated_reductions():
 
 
 def test_a_run_from_our_checkpoint(straight, pretrained):
-    state = runtime.load_checkpoint(os.path.join(straight, 'best.pt'))
+    state = saving.load_checkpoint(os.path.join(straight, 'best.pt'))
     assert (state['classes'] == ['high', 'low'] and state['config']['n_embd'] == 32
             and state['config']['drop_path'] == 0.1)
     with open(os.path.join(straight, 'log.jsonl')) as f:
@@ -113,7 +114,7 @@ def test_from_the_authors_files(data_dir, tmp_path, file):
     result = call(finetune.run, *RUN, f'--ckpt={FIXTURES}/{file}', '--max_steps=3', '--frames=64',
                   f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out')
     assert result.code == 0, result.err
-    state = runtime.load_checkpoint(str(tmp_path / 'out' / 'ckpt.pt'))
+    state = saving.load_checkpoint(str(tmp_path / 'out' / 'ckpt.pt'))
     assert (state['input']['window'] == 'hanning'
             and state['config']['head_norm'] == ('all' if file.startswith('authors') else 'none'))
 

@@ -14,9 +14,12 @@ import pytest
 import soundfile
 import torch
 
-import data
 import prepare
-import sources
+from audio import decoding
+from audio import sources as audio_sources
+from audio.clips import open_clips, task_splits
+from audio.sources import read_bytes
+from recipes import plan as plan_file
 
 from .conftest import SHARED, call, is_one_line_error, needs_shared, write_wav
 
@@ -89,8 +92,8 @@ def test_fsdd_in_every_packing(tmp_path, pack):
     out = tmp_path / 'fsdd'
     result = run('fsdd', f'--source={source}', f'--out_dir={out}')
     assert result.code == 0 and 'the data set has 3000' in result.out, result.err
-    clips = data.open_clips(['fsdd'], str(tmp_path))
-    test = data.open_clips(['fsdd'], str(tmp_path), ['test'])
+    clips = open_clips(['fsdd'], str(tmp_path))
+    test = open_clips(['fsdd'], str(tmp_path), ['test'])
     assert (len(clips), len(test)) == (10 * 2 * 2, 10 * 2 * 5)  # recordings 0-4 of each speaker and digit are the test
     assert clips.metas[0]['folds'] == ['jackson', 'theo'] and clips.classes == [str(digit) for digit in range(10)]
     for clip, key in enumerate(clips.keys()):
@@ -100,8 +103,8 @@ def test_fsdd_in_every_packing(tmp_path, pack):
         assert abs(clips.length[clip] - 16000 * (0.2 + int(take) / 50)) < 3
     assert sorted(os.listdir(out)) == ['meta.json', 'test-00000.npz', 'test-00000.pcm', 'train-00000.npz',
                                        'train-00000.pcm']
-    theo = data.open_clips(['fsdd'], str(tmp_path), only_fold='theo')
-    assert len(theo) == 20 == len(data.open_clips(['fsdd'], str(tmp_path), leave_out=['fsdd/jackson']))
+    theo = open_clips(['fsdd'], str(tmp_path), only_fold='theo')
+    assert len(theo) == 20 == len(open_clips(['fsdd'], str(tmp_path), leave_out=['fsdd/jackson']))
 
 
 def esc_files(suffix='.ogg', clips=10):
@@ -119,10 +122,10 @@ def esc_files(suffix='.ogg', clips=10):
 def test_esc50_layout_with_any_extension(tmp_path, suffix):
     result = run('esc50', f'--source={zipped(tmp_path / "x.zip", esc_files(suffix))}', f'--out_dir={tmp_path}/esc')
     assert result.code == 0 and 'the whole ESC-50 has 2,000 of 50' in result.out
-    clips = data.open_clips(['esc'], str(tmp_path))
+    clips = open_clips(['esc'], str(tmp_path))
     assert clips.classes == ['dog', 'rain'] and clips.metas[0]['folds'] == list('12345')
-    assert [len(data.open_clips(['esc'], str(tmp_path), only_fold=fold)) for fold in '12345'] == [2] * 5
-    train, valid, test, _ = data.task_splits('esc', str(tmp_path), fold='3', validation_part=0.5)
+    assert [len(open_clips(['esc'], str(tmp_path), only_fold=fold)) for fold in '12345'] == [2] * 5
+    train, valid, test, _ = task_splits('esc', str(tmp_path), fold='3', validation_part=0.5)
     assert len(test) == 2 and len(train) + len(valid) == 8 and not (train.fold == 2).any()
 
 
@@ -131,7 +134,7 @@ def test_esc10_is_the_part_that_the_table_names(tmp_path):
     files['ESC-50-abc/meta/esc50.csv'] = files['ESC-50-abc/meta/esc50.csv'].replace(b'rain,True', b'rain,False')
     source = zipped(tmp_path / 'x.zip', files)
     assert run('esc50', f'--source={source}', f'--out_dir={tmp_path}/esc', '--esc10').code == 0
-    clips = data.open_clips(['esc'], str(tmp_path))
+    clips = open_clips(['esc'], str(tmp_path))
     assert len(clips) == 5 and clips.classes == ['dog']
 
 
@@ -156,7 +159,7 @@ def folder_files():
 def test_folder_of_every_format_with_classes(tmp_path):
     assert run('folder', f'--source={write_tree(tmp_path / "x", folder_files())}', f'--out_dir={tmp_path}/set',
                '--test_part=0.4').code == 0
-    both = [data.open_clips(['set'], str(tmp_path), [split]) for split in ('train', 'test')]
+    both = [open_clips(['set'], str(tmp_path), [split]) for split in ('train', 'test')]
     assert both[0].classes == ['bird', 'deep', 'train'] and sum(map(len, both)) == 9
     for clips in both:
         for clip, key in enumerate(clips.keys()):
@@ -171,8 +174,8 @@ def test_folder_without_labels_and_with_a_split_file(tmp_path):
     (tmp_path / 'split.csv').write_text('0.wav,train\n1.wav,valid\n2.wav,test\n3.wav,test\n')
     assert run('folder', f'--source={source}', f'--out_dir={tmp_path}/set',
                f'--split_file={tmp_path}/split.csv').code == 0
-    assert [len(data.open_clips(['set'], str(tmp_path), [split])) for split in ('train', 'valid', 'test')] == [1, 1, 2]
-    assert data.open_clips(['set'], str(tmp_path)).classes == []
+    assert [len(open_clips(['set'], str(tmp_path), [split])) for split in ('train', 'valid', 'test')] == [1, 1, 2]
+    assert open_clips(['set'], str(tmp_path)).classes == []
     for text, word in (('0.wav,nowhere', 'nowhere'), ('9.wav,test', '9.wav'), ('0.wav', '0.wav')):
         (tmp_path / 'split.csv').write_text(text)
         assert is_one_line_error(run('folder', f'--source={source}', f'--out_dir={tmp_path}/other',
@@ -182,21 +185,21 @@ def test_folder_without_labels_and_with_a_split_file(tmp_path):
 @pytest.mark.parametrize('rate', [8000, 11025, 22050, 32000, 44100, 44101, 48000, 96000, 192000])
 @pytest.mark.parametrize('channels', [1, 2, 6])
 def test_any_rate_and_channel_count(rate, channels):
-    wave = sources.decode(audio_file('.wav', 0.5, rate, channels, subtype='FLOAT'), 60)
+    wave = decoding.decode(audio_file('.wav', 0.5, rate, channels, subtype='FLOAT'), 60)
     assert wave.dtype == np.float32 and abs(len(wave) - 8000) <= 1
     want = sound(0.5)[:len(wave)]
     assert np.abs(wave[200:-200] - want[200:len(wave) - 200]).max() < 0.02
 
 
 def test_demo_is_a_function_of_the_seed_and_hard_enough(tmp_path):
+    from engine.processes import Process
     from eval import linear_probe, log_mel_statistics, metrics
-    from runtime import Process
     run('demo', '--clips=1200', f'--out_dir={tmp_path}/demo')
     for name, options in (('one', ['--seed=1']), ('two', ['--seed=2']), ('three', ['--seed=1'])):
         run('demo', '--clips=30', *options, f'--out_dir={tmp_path}/{name}')
     one, two, three = (contents(tmp_path / name)['train-00000.pcm'] for name in ('one', 'two', 'three'))
     assert one == three != two and contents(tmp_path / 'demo')['train-00000.pcm'].startswith(one[:2 * 20720])
-    train, valid, test, _ = data.task_splits('demo', str(tmp_path))
+    train, valid, test, _ = task_splits('demo', str(tmp_path))
     assert np.bincount(test.label).tolist() == [24] * 10
     process, spectrum = (Process(0, 1, torch.device('cpu')),
                          {'frames': 128, 'window': 'hamming', 'mean': 0.0, 'std': 0.5, 'repeat': False})
@@ -214,7 +217,7 @@ def noises(count=40):
 
 
 def test_same_bytes_for_any_number_of_workers_and_after_an_interruption(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, 'SHARD_CLIPS', 10)
+    monkeypatch.setattr(plan_file, 'SHARD_CLIPS', 10)
     source = write_tree(tmp_path / 'x', noises())
     run('folder', f'--source={source}', f'--out_dir={tmp_path}/one/set')
     call(prepare.run, 'folder', '--workers=2', f'--source={source}', f'--out_dir={tmp_path}/two/set')
@@ -231,10 +234,10 @@ def test_same_bytes_for_any_number_of_workers_and_after_an_interruption(tmp_path
     assert run('folder', f'--source={source}', f'--out_dir={tmp_path}/three/set').code == 130
     left = os.listdir(tmp_path / 'three/set')
     assert 'test-00000.npz' in left and 'meta.json' not in left and not any(name.endswith('.tmp') for name in left)
-    assert is_one_line_error(call(lambda _: data.open_clips(['set'], str(tmp_path / 'three'))), 'meta.json')
+    assert is_one_line_error(call(lambda _: open_clips(['set'], str(tmp_path / 'three'))), 'meta.json')
     assert run('folder', f'--source={source}', f'--out_dir={tmp_path}/three/set').code == 0
     assert contents(tmp_path / 'one/set') == contents(tmp_path / 'three/set')
-    finished = len(data.open_clips(['set'], str(tmp_path / 'three'), ['test']))
+    finished = len(open_clips(['set'], str(tmp_path / 'three'), ['test']))
     assert len(calls) == 17 + 40 - finished                                 # the finished shard was not done again
 
 
@@ -279,7 +282,7 @@ def test_bad_files_are_skipped_named_and_counted(tmp_path):
         assert reason in rows[f'bad/{name}'], rows
     with open(tmp_path / 'set/meta.json') as f:
         assert json.load(f)['skipped'] == 10
-    assert sum(len(data.open_clips(['set'], str(tmp_path), [split])) for split in ('train', 'test')) == 10
+    assert sum(len(open_clips(['set'], str(tmp_path), [split])) for split in ('train', 'test')) == 10
 
 
 def test_nothing_readable_leaves_nothing(tmp_path):
@@ -300,7 +303,7 @@ def test_real_damaged_files_are_skipped(tmp_path):
     source = tarred(tmp_path / 'x.tar', files)
     assert run('folder', f'--source={source}', f'--out_dir={tmp_path}/set', '--max_bad=0.8', '--test_part=0').code == 0
     assert (len((tmp_path / 'set/skipped.tsv').read_text().splitlines()) == 9
-            and len(data.open_clips(['set'], str(tmp_path))) == 3)
+            and len(open_clips(['set'], str(tmp_path))) == 3)
 
 
 def crash_on(place, max_seconds):
@@ -337,7 +340,7 @@ def test_a_decoder_that_crashes_costs_its_file_only(tmp_path, monkeypatch):
                   '--max_bad=0.1')
     assert result.code == 0, result.err
     assert (tmp_path / 'set/skipped.tsv').read_text() == 'b/13.wav\tits decoder crashed\n'
-    assert sum(len(data.open_clips(['set'], str(tmp_path), [split])) for split in ('train', 'test')) == 39
+    assert sum(len(open_clips(['set'], str(tmp_path), [split])) for split in ('train', 'test')) == 39
 
 
 # -------------------------------------------------------------------------------------------------------------- hostile
@@ -373,7 +376,7 @@ def test_a_decompressed_archive_of_before_is_not_taken_for_another(tmp_path, mon
     assert run('folder', f'--source={first}', f'--out_dir={tmp_path}/set').code == 130
     monkeypatch.undo()
     assert run('folder', f'--source={second}', f'--out_dir={tmp_path}/set', '--test_part=0').code == 0
-    assert len(data.open_clips(['set'], str(tmp_path))) == 6
+    assert len(open_clips(['set'], str(tmp_path))) == 6
     assert not any(name.startswith('source') for name in os.listdir(tmp_path / 'set'))
 
 
@@ -388,13 +391,13 @@ def test_links_in_tars_are_not_followed(tmp_path):
 
 
 def test_bombs_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, 'MAX_FILE_BYTES', 1 << 20)
+    monkeypatch.setattr(audio_sources, 'MAX_FILE_BYTES', 1 << 20)
     files = {'bomb.wav': bytes(1 << 22), 'good.wav': audio_file('.wav')}
     assert run('folder', f'--source={zipped(tmp_path / "x.zip", files)}', f'--out_dir={tmp_path}/set',
                '--max_bad=0.5').code == 0
     assert 'larger than 1 MiB' in (tmp_path / 'set/skipped.tsv').read_text()
-    monkeypatch.setattr(sources, 'HARMLESS_BYTES', 1 << 19)                 # by ratio: a zip grows a thousand times
-    monkeypatch.setattr(sources, 'MAX_FILE_BYTES', 1 << 30)
+    monkeypatch.setattr(audio_sources, 'HARMLESS_BYTES', 1 << 19)             # by ratio: a zip grows a thousand times
+    monkeypatch.setattr(audio_sources, 'MAX_FILE_BYTES', 1 << 30)
     assert run('folder', f'--source={tmp_path}/x.zip', f'--out_dir={tmp_path}/set', '--max_bad=0.5',
                '--overwrite').code == 0
     assert (tmp_path / 'set/skipped.tsv').read_text() == 'bomb.wav\tgrows more than 100 times when decompressed\n'
@@ -428,7 +431,7 @@ def test_wrong_commands(tmp_path, monkeypatch, argv, words):
 
 def test_a_failing_disk_stops_and_loses_nothing(tmp_path, monkeypatch):
     source = write_tree(tmp_path / 'x', noises(8))
-    original = prepare.read_bytes
+    original = read_bytes
 
     def failing(place):
         if place[1].endswith('5.wav'):
@@ -438,7 +441,7 @@ def test_a_failing_disk_stops_and_loses_nothing(tmp_path, monkeypatch):
     assert is_one_line_error(run('folder', f'--source={source}', f'--out_dir={tmp_path}/set'), '5.wav', 'Input/output')
     monkeypatch.undo()
     assert run('folder', f'--source={source}', f'--out_dir={tmp_path}/set', '--test_part=0', '--overwrite').code == 0
-    assert len(data.open_clips(['set'], str(tmp_path))) == 8
+    assert len(open_clips(['set'], str(tmp_path))) == 8
 
 
 def test_a_shard_of_another_seed_is_not_taken_for_this_one(tmp_path):
@@ -477,10 +480,10 @@ def test_a_tar_with_an_endless_name_takes_no_memory(tmp_path):
 def test_a_header_that_lies_about_its_length_takes_no_memory():
     content = bytearray(audio_file('.wav', 0.5))
     content[40:44] = struct.pack('<I', 0xfffffff0)                          # the data chunk claims 4 GiB
-    assert len(sources.decode(bytes(content), 60)) == 8000
+    assert len(decoding.decode(bytes(content), 60)) == 8000
 
 
 def test_a_file_given_twice_in_stereo_is_averaged(tmp_path):
     both = np.stack([sound(0.2), -sound(0.2)], axis=1)
     write_wav(str(tmp_path / 'x.wav'), both)
-    assert np.abs(sources.decode_file(str(tmp_path / 'x.wav'))).max() < 1e-4
+    assert np.abs(decoding.decode_file(str(tmp_path / 'x.wav'))).max() < 1e-4

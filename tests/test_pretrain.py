@@ -13,11 +13,13 @@ import time
 import pytest
 import torch
 
-import bench
 import kernels
 import pretrain
-import runtime
+from checkpoints import saving
 from configurator import configure
+from engine import processes
+from engine.errors import RunError
+from tools import bench
 
 from .conftest import ROOT, TINY, call, is_one_line_error, script
 
@@ -38,7 +40,7 @@ def log_of(out_dir):
 
 
 def weights_of(out_dir):
-    return runtime.load_checkpoint(os.path.join(out_dir, 'ckpt.pt'))
+    return saving.load_checkpoint(os.path.join(out_dir, 'ckpt.pt'))
 
 
 def same_state(a, b):
@@ -70,7 +72,7 @@ def test_schedules():
 
 def test_optimizer_decays_matrices_only_unless_told():
     from model import ASDA
-    process = runtime.Process(0, 1, torch.device('cpu'))
+    process = processes.Process(0, 1, torch.device('cpu'))
     for flag, vectors in (('--decay_vectors=False', 0.0), ('--decay_vectors=True', 0.05)):
         s = settings(*TINY, flag)
         model = ASDA(pretrain.model_config(s))
@@ -224,14 +226,14 @@ def test_a_truncated_checkpoint_is_replaced_by_the_one_before(straight, data_dir
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     path = str(tmp_path / 'ckpt.pt')
-    runtime.save_checkpoint(path, {'model': {}, 'config': {}, 'settings': {}, 'step': 1})
+    saving.save_checkpoint(path, {'model': {}, 'config': {}, 'settings': {}, 'step': 1})
 
     def full(*_):
         raise OSError(28, 'No space left on device')
     monkeypatch.setattr(os, 'fsync', full)
-    with pytest.raises(runtime.RunError, match='No space left.*one before it is intact'):
-        runtime.save_checkpoint(path, {'model': {}, 'config': {}, 'settings': {}, 'step': 2})
-    assert runtime.load_checkpoint(path)['step'] == 1 and os.listdir(tmp_path) == ['ckpt.pt']
+    with pytest.raises(RunError, match='No space left.*one before it is intact'):
+        saving.save_checkpoint(path, {'model': {}, 'config': {}, 'settings': {}, 'step': 2})
+    assert saving.load_checkpoint(path)['step'] == 1 and os.listdir(tmp_path) == ['ckpt.pt']
 
 
 def test_a_loss_that_stays_nan_stops_the_run_and_names_the_clips(data_dir, tmp_path):
@@ -245,7 +247,7 @@ def test_a_loss_that_stays_nan_stops_the_run_and_names_the_clips(data_dir, tmp_p
 def test_the_mode_of_compilation_is_passed_on(data_dir, tmp_path, monkeypatch):
     modes = []
     monkeypatch.setattr(torch.nn.Module, 'compile', lambda self, mode=None: modes.append(mode))
-    monkeypatch.setattr(runtime, 'can_compile', lambda process: True)
+    monkeypatch.setattr(processes, 'can_compile', lambda process: True)
     assert call(pretrain.run, *RUN, '--max_steps=3', '--compile', '--compile_mode=max-autotune',
                 f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out').code == 0
     assert call(bench.run, *RUN, '--what=step', '--steps=1', '--warmup=0', '--compile',
@@ -333,10 +335,10 @@ def test_without_a_compiler_there_is_a_line_and_no_compilation(data_dir, tmp_pat
 @pytest.mark.parametrize('width, has_it, wanted', [(768, True, 'bfloat16'), (128, True, 'bfloat16'),
                                                   (64, True, 'float32'), (768, False, 'float32')])
 def test_precision_that_auto_chooses_on_a_cpu(monkeypatch, width, has_it, wanted):
-    monkeypatch.setattr(runtime, 'cpu_has_bfloat16', lambda: has_it)
-    process = runtime.Process(0, 1, torch.device('cpu'))
-    context, name = runtime.autocast(process, 'auto', width)
-    assert name == wanted and runtime.autocast(process, 'auto')[1] == 'float32'             # without a width: as it is
+    monkeypatch.setattr(processes, 'cpu_has_bfloat16', lambda: has_it)
+    process = processes.Process(0, 1, torch.device('cpu'))
+    context, name = processes.autocast(process, 'auto', width)
+    assert name == wanted and processes.autocast(process, 'auto')[1] == 'float32'            # without a width: as it is
     with context():
         assert torch.is_autocast_enabled('cpu') == (wanted == 'bfloat16')
 

@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-import results
+from tools import results
 
 from .conftest import call, is_one_line_error
 from .test_finetune import RUN as FINETUNE

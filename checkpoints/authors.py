@@ -17,8 +17,9 @@ import zipfile
 
 import torch
 
+from checkpoints.saving import load_weights
+from engine.errors import CheckpointError
 from model import ASDA, ASDAConfig, Classifier, position_table
-from runtime import CheckpointError, load_weights
 
 # Our names, theirs. N is the number of the block.
 ENCODER_NAMES = {

@@ -1,8 +1,8 @@
 """The README's table: five tasks from one pre-trained checkpoint, beside the same model from scratch and log-mel
 statistics.
 
-    python results.py --ckpt=out/real/ckpt.pt                  # everything; finished runs are not run again
-    python results.py --ckpt=out/real/ckpt.pt --arms=scratch   # only one of pretrained, scratch, probes
+    python -m tools.results --ckpt=out/real/ckpt.pt                  # everything; finished runs are not run again
+    python -m tools.results --ckpt=out/real/ckpt.pt --arms=scratch   # only one of pretrained, scratch, probes
 
 Learning rate or pooling, and then the length, are chosen by the validation accuracy of the first seed; each
 seed is run with the choice, and the table shows the test accuracy of its best checkpoint by validation. Every run is
@@ -17,7 +17,10 @@ import sys
 
 import configurator
 import eval as evaluation
-import runtime
+from checkpoints.opening import open_checkpoint
+from engine import logs, processes
+from engine.errors import ROOT, ConfigError, RunError
+from scoring.metrics import describe
 
 ckpt = 'out/real/ckpt.pt'               # the pre-trained checkpoint
 out_dir = 'out/results'                 # one folder per run goes here
@@ -50,8 +53,8 @@ def finetune(settings, task, arm, choice, multiple, seed):
     if (found := finished(lines)) is None:
         command = [
             sys.executable,
-            os.path.join(runtime.MODULE_DIR, 'finetune.py'),
-            os.path.join(runtime.MODULE_DIR, arguments[0]),
+            os.path.join(ROOT, 'finetune.py'),
+            os.path.join(ROOT, arguments[0]),
             *arguments[1:],
             *ARMS[arm][0],
             f'--ckpt={settings.ckpt}',
@@ -67,11 +70,11 @@ def finetune(settings, task, arm, choice, multiple, seed):
         ]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
-            raise runtime.RunError(
+            raise RunError(
                 f'{" ".join(command)} ended with {result.returncode}: {result.stderr.strip()[-300:]}'
             )
         found = finished(log_of(folder, updates * multiple, settings.ckpt))
-    scores, chosen = evaluation.describe(found[1]), f'lr {lr:g}, {pooling}, x{multiple}'
+    scores, chosen = describe(found[1]), f'lr {lr:g}, {pooling}, x{multiple}'
     print(f'{task}, {arm}, {chosen}, seed {seed}: validation {found[0]:.1%}, test {scores}', flush=True)
     return found
 
@@ -85,7 +88,7 @@ def finished(lines):
 def log_of(folder, max_steps, ckpt):
     """The lines of a run's log, if it is a run of so many steps from that checkpoint; else none."""
     path = os.path.join(folder, 'log.jsonl')
-    lines = [json.loads(line) for line in runtime.whole_lines(path)] if os.path.exists(path) else []
+    lines = [json.loads(line) for line in logs.whole_lines(path)] if os.path.exists(path) else []
     began = lines[0].get('settings', {}) if lines else {}
     return lines if began.get('max_steps') == max_steps and began.get('ckpt') == ckpt else []
 
@@ -107,9 +110,9 @@ def probes(settings, task):
     """{features and probe: [test scores of each seed]}"""
     arguments, *_ = TASKS[task]
     tune = configurator.configure(
-        os.path.join(runtime.MODULE_DIR, 'finetune.py'),
-        [os.path.join(runtime.MODULE_DIR, arguments[0]), *arguments[1:]],
-        (os.path.join(runtime.MODULE_DIR, 'model.py'), 'ASDAConfig'),
+        os.path.join(ROOT, 'finetune.py'),
+        [os.path.join(ROOT, arguments[0]), *arguments[1:]],
+        (os.path.join(ROOT, 'model.py'), 'ASDAConfig'),
     )
     found = {}
     for seed in range(1, settings.seeds + 1):
@@ -125,9 +128,9 @@ def probes(settings, task):
                 '--device=cpu',
             ],
         )
-        process = runtime.start(how.device)
-        autocast, _ = runtime.autocast(process, how.dtype)
-        loaded = evaluation.open_checkpoint(settings.ckpt)
+        process = processes.start(how.device)
+        autocast, _ = processes.autocast(process, how.dtype)
+        loaded = open_checkpoint(settings.ckpt)
         loaded.encoder.eval()
         loaded.spectrum['frames'] = tune.frames or loaded.spectrum['frames']
         for kind, scores in evaluation.probe_pretrained(loaded, how, process, autocast).items():
@@ -150,7 +153,7 @@ def run(argv):
     settings = configurator.configure(__file__, argv)
     configurator.check_ranges(settings, seeds=(1, 1000), jobs=(1, 1000))
     if not set(settings.arms.split(',')) <= {*ARMS, 'probes'}:
-        raise configurator.ConfigError(f'arms = {settings.arms!r} must be of {", ".join(ARMS)}, probes')
+        raise ConfigError(f'arms = {settings.arms!r} must be of {", ".join(ARMS)}, probes')
     table = {}
     with concurrent.futures.ThreadPoolExecutor(settings.jobs) as pool:
         for arm in settings.arms.split(','):
@@ -168,4 +171,4 @@ def run(argv):
 
 
 if __name__ == '__main__':
-    runtime.main(run)
+    processes.main(run)

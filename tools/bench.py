@@ -1,10 +1,10 @@
 """How fast it is: the pre-training step and every part of the way from an audio file to it, on this machine.
 
-    python bench.py                                     # config/as2m.py, 12 clips, on a GPU; config/demo.py elsewhere
-    python bench.py config/demo.py --what=step,data --json=figures.json
-    python bench.py config/as2m.py --batch_size=12 --dataset=as2m               # on real clips
-    python bench.py config/as2m.py --batch_size=12 --baseline                   # beside the authors' arrangement
-    python bench.py config/demo.py --what= --profile=trace.json                 # for chrome://tracing or perfetto
+    python -m tools.bench                                     # config/as2m.py, 12 clips, on a GPU; config/demo.py elsewhere
+    python -m tools.bench config/demo.py --what=step,data --json=figures.json
+    python -m tools.bench config/as2m.py --batch_size=12 --dataset=as2m               # on real clips
+    python -m tools.bench config/as2m.py --batch_size=12 --baseline                   # beside the authors' arrangement
+    python -m tools.bench config/demo.py --what= --profile=trace.json                 # for chrome://tracing or perfetto
 
 Settings are the names below, those of pretrain.py and the fields of model.ASDAConfig, so that its config files serve as
 they are. Clips are synthetic unless --dataset names prepared sets: the sets of a config file are not read. Every time
@@ -35,18 +35,22 @@ import data
 import finetune
 import prepare
 import pretrain
-import runtime
+from audio import N_MELS, SAMPLE_RATE, WINDOWS, samples_for
+from audio.clips import FORMAT_VERSION, open_clips
+from engine import processes, randomness
+from engine.errors import ROOT, ConfigError, RunError
+from engine.files import replacing
 from model import ASDA, ASDAConfig, Classifier, n_kept
-from tests import authors_arrangement as authors
+from tools import authors_arrangement as authors
 
 what = 'step,data,fbank,masks,growth,prepare,finetune_data'     # what to measure, separated by commas
-baseline = False                # measure only the step beside the authors' arrangement (tests/authors_arrangement.py)
+baseline = False                # measure only the step beside the authors' arrangement (tools/authors_arrangement.py)
 steps = 10                      # timed calls of everything; their median counts
 warmup = 3                      # calls before them
 json = ''                       # write all figures to this file
 profile = ''                    # write a trace of three steps to this file and print the longest operators
 
-MODEL = (os.path.join(runtime.MODULE_DIR, 'model.py'), 'ASDAConfig')
+MODEL = (os.path.join(ROOT, 'model.py'), 'ASDAConfig')
 CLIP_SECONDS = 10               # of synthetic clips, as AudioSet's
 CLASSES = 50                    # of synthetic labels, as ESC-50's
 TARGETS = {'mono_clips_per_second_per_core': 'at least 30', 'stereo_clips_per_second_per_core': 'at least 30',
@@ -64,7 +68,7 @@ class Bench:
     """What every section is given."""
     settings: configurator.Settings
     config: ASDAConfig
-    process: runtime.Process
+    process: processes.Process
     autocast: object                # a context maker
 
     def to_device(self, batch):
@@ -74,7 +78,7 @@ class Bench:
 
 def make_bench(settings, config, process):
     """In the precision that the settings name, or in what 'auto' chooses."""
-    autocast, dtype = runtime.autocast(process, settings.dtype, config.n_embd)
+    autocast, dtype = processes.autocast(process, settings.dtype, config.n_embd)
     return Bench(settings.but(dtype=dtype), config, process, autocast)
 
 
@@ -162,13 +166,13 @@ def device_name(process):
         with open('/proc/cpuinfo', encoding='utf-8') as f:
             named = re.search(r'^model name\s*: (.+)$', f.read(), re.M)
         return named[1].strip() if named else platform.machine()
-    return runtime.provenance(process)['device']
+    return processes.provenance(process)['device']
 
 
 # -------------------------------------------------------------------------------------------------------- clips to use
 
 def write_noise(folder, clips, samples):
-    """A prepared set of white noise as prepare.py would pack it, without decoding. -> data.Clips"""
+    """A prepared set of white noise as prepare.py would pack it, without decoding. -> Clips"""
     rng = np.random.default_rng(0)
     base, lengths = os.path.join(folder, 'noise', 'train-00000'), np.full(clips, samples, np.int64)
     os.makedirs(os.path.dirname(base))
@@ -177,11 +181,11 @@ def write_noise(folder, clips, samples):
             rng.integers(-3000, 3000, samples, dtype=np.int16).tofile(f)
     np.savez(base + '.npz', offsets=np.cumsum(lengths) - lengths, lengths=lengths, keys=np.arange(clips).astype(str),
              labels=np.arange(clips, dtype=np.int32) % CLASSES, folds=np.full(clips, -1, np.int16),
-             hashes=np.arange(clips, dtype=np.uint32), stats=np.zeros((clips, len(data.WINDOWS), 2)))
+             hashes=np.arange(clips, dtype=np.uint32), stats=np.zeros((clips, len(WINDOWS), 2)))
     with open(os.path.join(folder, 'noise', 'meta.json'), 'w', encoding='utf-8') as f:
-        dump({'name': 'noise', 'version': data.FORMAT_VERSION, 'sample_rate': data.SAMPLE_RATE, 'folds': [],
+        dump({'name': 'noise', 'version': FORMAT_VERSION, 'sample_rate': SAMPLE_RATE, 'folds': [],
               'classes': [str(i) for i in range(CLASSES)], 'multi_label': False, 'splits': {}}, f)
-    return data.open_clips(['noise'], folder)
+    return open_clips(['noise'], folder)
 
 
 def pretrain_loader(bench, clips, items):
@@ -202,7 +206,7 @@ def spectrograms(bench):
     the same random numbers every time"""
     settings, config = bench.settings, bench.config
     if not settings.dataset:
-        spec = torch.randn(settings.batch_size, config.frames, data.N_MELS, device=bench.process.device)
+        spec = torch.randn(settings.batch_size, config.frames, N_MELS, device=bench.process.device)
         return lambda: spec
     clips = pretrain.training_clips(settings, bench.process)
     mean, std = clips.statistics(settings.window)
@@ -223,7 +227,7 @@ def training_step(bench):
     model = ASDA(config).to(process.device)
     optimizer = pretrain.make_optimizer(model, settings, dataclasses.replace(process, rank=1))      # prints nothing
     pretrain.choose_kernels(model, config, settings, {}, process)
-    if settings.compile and runtime.can_compile(process):
+    if settings.compile and processes.can_compile(process):
         model.compile(mode=settings.compile_mode)
     spec, count = spectrograms(bench), itertools.count()
 
@@ -237,7 +241,7 @@ def training_step(bench):
 
 def masks_of(bench, number):
     config = bench.config
-    generator = data.torch_random(bench.process.device, bench.settings.seed, 'mask', number)
+    generator = randomness.torch_random(bench.process.device, bench.settings.seed, 'mask', number)
     return data.block_masks(bench.settings.batch_size, config.n_students, config.grid, config.mask_ratio,
                             config.mask_block, generator, config.mask_adjust)
 
@@ -264,7 +268,7 @@ def measure_data(bench):
     items = range(1 + 5 * settings.steps + 8 * settings.workers)
     with tempfile.TemporaryDirectory() as folder:
         clips = (pretrain.training_clips(settings, bench.process) if settings.dataset
-                 else write_noise(folder, 64, CLIP_SECONDS * data.SAMPLE_RATE))
+                 else write_noise(folder, 64, CLIP_SECONDS * SAMPLE_RATE))
         for title in ('data, filling the page cache', 'data'):
             batches = iter(tqdm(pretrain_loader(bench, clips, items), title, len(items), leave=False, delay=1))
             next(batches)                                                   # the workers have started
@@ -276,7 +280,7 @@ def measure_data(bench):
 
 def measure_fbank(bench):
     """data.fbank of a batch against torchaudio's clip by clip, on one and on all threads; on a GPU ours there too."""
-    pcm, lengths = noise_pcm(min(bench.settings.batch_size, 8), CLIP_SECONDS * data.SAMPLE_RATE)
+    pcm, lengths = noise_pcm(min(bench.settings.batch_size, 8), CLIP_SECONDS * SAMPLE_RATE)
     wave, window, device, figures = pcm.float() / 32768, bench.settings.window, bench.process.device, {}
 
     def clip_by_clip():
@@ -315,7 +319,7 @@ def measure_growth(bench):
                                                          config=pretrain.model_config(settings)))
                 measured[key] = median_seconds(bench, f'growth, {name} = {value}', step=step)['step']
             figures[f'ms, {name} = {value}'] = measured[key] * 1e3
-        except (configurator.ConfigError, torch.OutOfMemoryError) as error:
+        except (ConfigError, torch.OutOfMemoryError) as error:
             bench.process.print(f'growth: left out {name} = {value} ({str(error).splitlines()[0][:80]} ...)')
     return figures
 
@@ -343,13 +347,13 @@ def measure_finetune_data(bench):
     size = bench.settings.batch_size
     settings = configurator.configure(finetune.__file__, [], MODEL).but(batch_size=size, mixup=0.8)
     with tempfile.TemporaryDirectory() as folder:
-        clips = write_noise(folder, 2 * size, data.samples_for(config.frames))
+        clips = write_noise(folder, 2 * size, samples_for(config.frames))
         batches = data.FinetuneBatches(clips, config.frames, size, range(size), settings.seed, config.n_layer,
                                        settings.roll, settings.noise, settings.input_mask, settings.mixup)
         torch.manual_seed(settings.seed)
         model = Classifier(dataclasses.replace(config, drop_path=settings.drop_path), CLASSES).to(process.device)
         optimizer = finetune.make_optimizer(model, settings, dataclasses.replace(process, rank=1))
-        if bench.settings.compile and runtime.can_compile(process):
+        if bench.settings.compile and processes.can_compile(process):
             model.compile()
         count, latest = itertools.count(), {}
 
@@ -372,7 +376,7 @@ def measure_finetune_data(bench):
         loader = data.loader(batches, range(bench.settings.warmup + bench.settings.steps), bench.settings.workers,
                              pin=process.device.type == 'cuda')
         times = [time.perf_counter()]
-        for latest['batch'] in runtime.ahead(loader, process, stay=('noise_seed',)):
+        for latest['batch'] in processes.ahead(loader, process, stay=('noise_seed',)):
             spectrograms()
             step()
             synchronise(process)
@@ -392,10 +396,10 @@ def measure_baseline(bench):
     try:
         model = authors.Arrangement(config).to(process.device)
     except ValueError as error:
-        raise configurator.ConfigError(str(error)) from None
+        raise ConfigError(str(error)) from None
     model.load_state_dict(ASDA(config).state_dict())
     optimizer, spec, count = authors.make_optimizer(model, settings), spectrograms(plain)(), itertools.count()
-    pcm, lengths = noise_pcm(settings.batch_size, data.samples_for(config.frames))
+    pcm, lengths = noise_pcm(settings.batch_size, samples_for(config.frames))
     spectrum = {'frames': config.frames, 'window': settings.window, 'mean': 0.0, 'std': 0.5}
 
     def theirs():
@@ -429,7 +433,7 @@ def write_profile(bench):
         for _ in range(3):
             step()
         synchronise(bench.process)
-    with runtime.replacing(bench.settings.profile) as f:
+    with replacing(bench.settings.profile) as f:
         profiler.export_chrome_trace(f.name)                                # writes the temporary file itself
     bench.process.print(profiler.key_averages().table(
         sort_by='self_cuda_time_total' if cuda else 'self_cpu_time_total', row_limit=12, max_name_column_width=50))
@@ -450,7 +454,7 @@ def configure(argv):
     if not any(argument.endswith('.py') for argument in argv):
         cuda = settings.device == 'cuda' or settings.device == 'auto' and torch.cuda.is_available()
         default = ['as2m.py', '--batch_size=12'] if cuda else ['demo.py']
-        argv = [os.path.join(runtime.MODULE_DIR, 'config', default[0]), *default[1:], *argv]
+        argv = [os.path.join(ROOT, 'config', default[0]), *default[1:], *argv]
         settings = configurator.configure(__file__, argv, (pretrain.__file__,), MODEL)
     if not any(re.match(r'--dataset(=|$)', argument) for argument in argv):
         settings.dataset = ''                                               # a config file's set may not be here
@@ -462,25 +466,25 @@ def check(settings, process):
     pretrain.check(settings, process.world)
     configurator.check_ranges(settings, steps=(1, 1e6), warmup=(0, 1e6))
     if process.world > 1:
-        raise configurator.ConfigError(f'bench.py measures one process, not {process.world}: run it without torchrun')
+        raise ConfigError(f'bench.py measures one process, not {process.world}: run it without torchrun')
     for name in ('json', 'profile'):
         if os.path.isdir(getattr(settings, name)):
-            raise configurator.ConfigError(f'{name} = {getattr(settings, name)!r} is a folder: name a file in it')
-    sections = ['baseline'] if settings.baseline else data.words(settings.what)
+            raise ConfigError(f'{name} = {getattr(settings, name)!r} is a folder: name a file in it')
+    sections = ['baseline'] if settings.baseline else configurator.words(settings.what)
     for name in sections:
         if name not in SECTIONS:
-            raise configurator.ConfigError(f'what = {name!r} is none of {", ".join(SECTIONS)}')
+            raise ConfigError(f'what = {name!r} is none of {", ".join(SECTIONS)}')
     if not sections and not settings.profile:
-        raise configurator.ConfigError(f'nothing to measure: name some of {", ".join(SECTIONS)} with --what=')
+        raise ConfigError(f'nothing to measure: name some of {", ".join(SECTIONS)} with --what=')
     return sections
 
 
 def run(argv):
     settings = configure(argv)
-    process = runtime.start(settings.device, settings.threads, settings.deterministic)
+    process = processes.start(settings.device, settings.threads, settings.deterministic)
     sections, config = check(settings, process), pretrain.model_config(settings)
     bench, figures = make_bench(settings, config, process), {}
-    settings, provenance = bench.settings, runtime.provenance(process)
+    settings, provenance = bench.settings, processes.provenance(process)
     where = {'device': device_name(process), 'cores': cores(), 'threads': provenance['threads'],
              'load': round(os.getloadavg()[0], 1),                          # other processes slow this one down
              'torch': provenance['torch'], 'dtype': settings.dtype, 'compile': settings.compile,
@@ -492,16 +496,16 @@ def run(argv):
         try:
             figures[name] = SECTIONS[name](bench)
         except torch.OutOfMemoryError:
-            raise runtime.RunError(f'{name}: too little memory on the device for batch_size = {settings.batch_size}: '
+            raise RunError(f'{name}: too little memory on the device for batch_size = {settings.batch_size}: '
                                    'lower it') from None
     if settings.profile:
         write_profile(bench)
     if figures:
         print_table(where, figures)
     if settings.json:
-        with runtime.replacing(settings.json) as f:
+        with replacing(settings.json) as f:
             dump({**where, 'settings': vars(settings), 'figures': figures}, f, indent=1)
 
 
 if __name__ == '__main__':
-    runtime.main(run)
+    processes.main(run)

@@ -1,39 +1,25 @@
-"""What running needs and the method does not: processes, device and precision, signals, checkpoints, the log, errors.
+"""Processes, device and precision, signals, and the one place where an error becomes a line.
 
 This file must not know the network, audio or any stage; a stage script hands it tensors and plain values.
 """
 import contextlib
 import ctypes
 import inspect
-import json
 import os
 import platform
 import re
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from configurator import ConfigError
-from data import DataError
+from engine.errors import ROOT, CheckpointError, ConfigError, DataError, RunError
 
-CHECKPOINT_VERSION = 1
-CONTENTS = {'model': dict, 'config': dict, 'settings': dict, 'optimizer': dict, 'input': dict, 'step': int}
 MIN_WIDTH = 128             # channels from which bfloat16 was seen to pay on a CPU
-MODULE_DIR = os.path.dirname(os.path.abspath(__file__))
-
-
-class CheckpointError(Exception):
-    """A checkpoint that is missing, damaged or of another shape: one line that names the file and says what to do."""
-
-
-class RunError(Exception):
-    """A run that cannot go on through no mistake in the settings (a loss that stays NaN): one line; exit code 1."""
 
 
 def main(run):
@@ -201,7 +187,7 @@ def provenance(process):
 def commit():
     """The git commit of this code, with '+' if files differ from it; '' outside a repository."""
     try:
-        git = ['git', '-C', MODULE_DIR]
+        git = ['git', '-C', ROOT]
         head = subprocess.run([*git, 'rev-parse', 'HEAD'], capture_output=True, text=True, timeout=10)
         if head.returncode:
             return ''
@@ -300,232 +286,3 @@ class Late:
             if arrived:
                 arrived.synchronize()
         return [(item, values.tolist()) for item, values, _ in ready]
-
-
-# ---------------------------------------------------------------------------------------------------------- checkpoints
-
-def check_out_dir(out_dir, resume, overwrite):
-    """Refuse a folder that holds a run unless it is to go on or to go. -> True if there is a run to resume."""
-    found = [name for name in ('ckpt.pt', 'ckpt.1.pt', 'log.jsonl') if os.path.exists(os.path.join(out_dir, name))]
-    if resume and overwrite:
-        raise ConfigError('--resume and --overwrite contradict each other: give one')
-    if resume and found in ([], ['log.jsonl']):
-        raise ConfigError(f'nothing to resume in {out_dir}, no checkpoint was written: run without --resume'
-                          + (', with --overwrite' if found else ''))
-    if found and not resume and not overwrite:
-        raise ConfigError(f'{out_dir} holds a run: add --resume to go on, --overwrite to start again, '
-                          'or choose another --out_dir')
-    return resume
-
-
-def clear_out_dir(out_dir):
-    """Remove the run that --overwrite replaces, so that none of its checkpoints can be taken for the new run's."""
-    if os.path.isdir(out_dir):
-        for file in os.listdir(out_dir):
-            if re.fullmatch(r'(ckpt(\.\d+)?|best)\.pt|log\.jsonl', file):
-                os.remove(os.path.join(out_dir, file))
-
-
-def save_checkpoint(path, state, keep=2):
-    """Write to a temporary name, fsync, rename;
-    of earlier ones the newest keep - 1 stay as NAME.1.pt, NAME.2.pt, ..."""
-    def rotate():
-        for older in range(keep - 1, 0, -1):                                # ckpt.pt -> ckpt.1.pt -> ckpt.2.pt ...
-            newer = numbered(path, older - 1)
-            if os.path.exists(newer):
-                os.replace(newer, numbered(path, older))
-    try:
-        with replacing(path, 'wb', before_rename=rotate) as f:
-            torch.save({'version': CHECKPOINT_VERSION, 'commit': commit(), **state}, f)
-    except (OSError, RuntimeError) as error:                            # torch.save reports a full disk as RuntimeError
-        raise RunError(f'could not write the checkpoint {path} ({error}); the one before it is intact') from None
-
-
-@contextlib.contextmanager
-def replacing(path, mode='w', before_rename=lambda: None):
-    """A file that appears under its name only when it is whole: temporary name, fsync, rename;
-    nothing stays on failure."""
-    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    temporary = path + '.tmp'
-    try:
-        with open(temporary, mode, **({} if 'b' in mode else {'encoding': 'utf-8', 'errors': 'surrogateescape'})) as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        before_rename()
-        os.replace(temporary, path)
-        fsync_folder(os.path.dirname(path) or '.')
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-        raise
-
-
-def numbered(path, number):
-    return path if number == 0 else f'{os.path.splitext(path)[0]}.{number}.pt'
-
-
-def fsync_folder(folder):
-    """Make renames in it durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def load_checkpoint(path, wanted=('model', 'config', 'settings')):
-    """One of our checkpoints, tensors and plain values only. Raises CheckpointError."""
-    try:
-        state = torch.load(path, map_location='cpu', weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f'there is no checkpoint {path}') from None
-    except Exception as error:              # a damaged or hostile file can fail in any way; it is not a checkpoint
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise CheckpointError(f'{path} is not a checkpoint that can be read safely ({reason})') from None
-    missing = [key for key in wanted if not isinstance(state, dict) or not isinstance(state.get(key), CONTENTS[key])]
-    if missing:
-        raise CheckpointError(f'{path} is not a checkpoint of this code: it has no valid {", ".join(missing)}')
-    if not isinstance(state.get('version'), int) or state['version'] != CHECKPOINT_VERSION:
-        raise CheckpointError(f'{path} is a checkpoint of version {state.get("version")}, '
-                              f'this code reads {CHECKPOINT_VERSION}')
-    return state
-
-
-def latest_checkpoint(out_dir, process):
-    """The newest checkpoint of a run that can be read: ckpt.pt, or the one before it with a warning."""
-    problems = []
-    for path in (os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'ckpt.1.pt')):
-        try:
-            state = load_checkpoint(path, ('model', 'config', 'settings', 'optimizer', 'step', 'input'))
-            if problems:
-                process.print(f'warning: {problems[0]}; going on from {path}')
-            return state
-        except CheckpointError as error:
-            problems.append(str(error))
-    raise CheckpointError(f'no checkpoint to resume in {out_dir}: {problems[0]}')
-
-
-def resume(out_dir, model, optimizer, config, input_info, settings, free, process):
-    """Load the newest checkpoint of a run into model and optimizer, if it is of the same model and data -> its state.
-
-    config, input_info: dictionaries that must equal the stored ones (other_data in the settings allows other clips);
-    free: names of settings that may differ without changing the numbers; any other difference is printed.
-    """
-    state = latest_checkpoint(out_dir, process)
-    path = os.path.join(out_dir, 'ckpt.pt')
-    other = [f'{name} {state["config"].get(name)!r} -> {value!r}' for name, value in config.items()
-             if state['config'].get(name) != value]
-    if other:
-        raise CheckpointError(f'{path} is of another model ({", ".join(other)}): give the same settings, or another '
-                              '--out_dir')
-    if state['input'].get('fingerprint') != input_info['fingerprint'] and not settings.other_data:
-        raise CheckpointError(f'{path} was trained on other clips than there are now: put the data back, start a new '
-                              'run, or go on all the same with --other_data')
-    changed = [f'{name} {state["settings"].get(name)!r} -> {value!r}' for name, value in vars(settings).items()
-               if name not in free and name in state['settings'] and state['settings'][name] != value]
-    if changed:
-        process.print('warning: changed since the checkpoint, so that this is no longer the same run: '
-                      f'{", ".join(changed)}')
-    load_weights(model, state['model'], path)
-    try:
-        groups, stored = optimizer.state_dict()['param_groups'], state['optimizer']['param_groups']
-        if [len(group['params']) for group in groups] != [len(group['params']) for group in stored]:
-            raise CheckpointError(f'{path} groups its parameters otherwise: decay_vectors and layer_decay cannot '
-                                  'change in a run')
-        optimizer.load_state_dict({'state': state['optimizer']['state'], 'param_groups': groups})  # the settings of now
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-        raise CheckpointError(f'{path} is damaged: its optimizer cannot be read ({type(error).__name__})') from None
-    process.print(f'going on after step {state["step"]:,}')
-    return state
-
-
-def load_weights(module, state, path):
-    """Copy a state dict into a module; names, shapes and types must all agree. Raises CheckpointError."""
-    compare_weights(module, state, path)
-    try:
-        module.load_state_dict(state)
-    except (RuntimeError, NotImplementedError, AttributeError, TypeError) as error:     # sparse, without data, ...
-        raise CheckpointError(f'{path}: its weights cannot be copied ({str(error).splitlines()[0][:100]})') from None
-
-
-def compare_weights(module, state, path):
-    """Whether a state dict is of this module, which may be on the device meta: names, shapes, types. Raises
-    CheckpointError."""
-    own = module.state_dict()
-    for name in own:
-        if name not in state:
-            raise CheckpointError(f'{path}: the weight {name} is missing')
-        if (not isinstance(state[name], torch.Tensor) or state[name].shape != own[name].shape
-                or not state[name].is_floating_point()):
-            found = tuple(state[name].shape) if isinstance(state[name], torch.Tensor) else type(state[name]).__name__
-            raise CheckpointError(f'{path}: the weight {name} is {found}, the model needs {tuple(own[name].shape)}')
-    extra = [name for name in state if name not in own]
-    if extra:
-        raise CheckpointError(f'{path}: unexpected weight {extra[0]}'
-                              + (f' and {len(extra) - 1} more' if len(extra) > 1 else ''))
-
-
-# ------------------------------------------------------------------------------------------------------------------ log
-
-class Log:
-    """out_dir/log.jsonl, one JSON object a line, written by the main process and flushed at each."""
-
-    def __init__(self, out_dir, process, resume_at=None):
-        """resume_at: the step of the checkpoint that goes on; lines of later steps are dropped. None: a new run, which
-        removes the one in out_dir."""
-        self.file = None
-        if not process.is_main:
-            return
-        if resume_at is None:
-            clear_out_dir(out_dir)
-        os.makedirs(out_dir, exist_ok=True)
-        path = os.path.join(out_dir, 'log.jsonl')
-        if resume_at is not None and os.path.exists(path):
-            kept = [line for line in whole_lines(path) if json.loads(line).get('step', 0) <= resume_at]
-            with replacing(path) as f:
-                f.writelines(kept)
-        self.file = open(path, 'w' if resume_at is None else 'a', encoding='utf-8')
-
-    def write(self, **values):
-        if self.file:
-            self.file.write(json.dumps(values) + '\n')
-            self.file.flush()
-
-
-def whole_lines(path):
-    """The lines of a log that are valid JSON objects; a crash can leave the last one torn."""
-    with open(path, encoding='utf-8', errors='replace') as f:
-        for line in f:
-            try:
-                if line.endswith('\n') and isinstance(json.loads(line), dict):
-                    yield line
-            except ValueError:
-                pass
-
-
-class Clock:
-    """Speed and time left, over the steps since it was made."""
-
-    def __init__(self, step, last_step):
-        self.first, self.last, self.began = step, last_step, time.time()
-
-    def seconds_left(self, step):
-        """Until last_step, from the mean time of a step so far."""
-        return (time.time() - self.began) / max(step - self.first, 1) * (self.last - step)
-
-    def left(self, step):
-        """The same as '3m 20s'."""
-        return duration(self.seconds_left(step))
-
-    def per_second(self, step, items_per_step):
-        return (step - self.first) * items_per_step / max(time.time() - self.began, 1e-9)
-
-
-def duration(seconds):
-    """'2d 3h', '3h 12m', '5m 20s' or '45s'"""
-    seconds = int(seconds)
-    for unit, size, smaller, small in (('d', 86400, 'h', 3600), ('h', 3600, 'm', 60), ('m', 60, 's', 1)):
-        if seconds >= size:
-            return f'{seconds // size}{unit} {seconds % size // small}{smaller}'
-    return f'{seconds}s'

@@ -1,0 +1,80 @@
+"""A checkpoint of any origin, opened for use: ours, and the authors', EAT's and SSLAM's."""
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+
+from audio import WINDOWS
+from checkpoints import authors, saving
+from engine.errors import CheckpointError, ConfigError
+from model import ASDA, ASDAConfig, Classifier
+
+
+@dataclass
+class Loaded:
+    """A checkpoint of any origin. classifier and classes are None for a pre-trained one."""
+    encoder: torch.nn.Module
+    classifier: torch.nn.Module | None
+    config: ASDAConfig
+    spectrum: dict                  # frames, window, mean, std, repeat: what data.log_mel wants
+    classes: list | None
+    multi_label: bool | None
+    settings: dict
+
+
+def open_checkpoint(path):
+    """Read a checkpoint of ours or of the authors' family. Raises CheckpointError."""
+    if not path:
+        raise ConfigError('name a checkpoint: --ckpt=PATH')
+    if os.path.isdir(path):
+        raise CheckpointError(f'{path} is a folder; name a checkpoint in it, '
+                                      f'say {os.path.join(path, "ckpt.pt")}')
+    try:
+        return open_ours(path, saving.load_checkpoint(path))
+    except CheckpointError as error:
+        try:
+            weights = authors.model_and_cfg(path)[0]
+        except CheckpointError:
+            raise error from None
+        if not any('modality_encoders.' in str(name) for name in weights):              # ours, and damaged
+            raise error from None
+    return open_theirs(path, 'head.weight' in weights)
+
+
+def open_ours(path, state):
+    try:
+        config = ASDAConfig(**state['config'])
+        spectrum = {'frames': config.frames,
+                    **{name: state['input'][name] for name in ('window', 'mean', 'std', 'repeat')}}
+        is_classifier = 'head.weight' in state['model']
+        classes, multi_label = (list(state['classes']), bool(state['multi_label'])) if is_classifier else (None, None)
+        if (spectrum['window'] not in WINDOWS or not isinstance(spectrum['mean'], float)
+                or not isinstance(spectrum['std'], float) or not 0 < spectrum['std'] < math.inf):
+            raise ValueError(f'input {spectrum}')
+
+        def build():
+            return Classifier(config, len(classes)) if is_classifier else ASDA(config)
+        with torch.device('meta'):                                          # before memory is spent on absurd sizes
+            saving.compare_weights(build(), state['model'], path)
+        model = build()
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f'{path} is a damaged checkpoint ({type(error).__name__}: {error})') from None
+    saving.load_weights(model, state['model'], path)
+    return Loaded(model.encoder, model if is_classifier else None, config, spectrum, classes, multi_label,
+                  state['settings'])
+
+
+def open_theirs(path, is_classifier):
+    """Their files name no statistics and no classes: AudioSet's statistics,
+    unless the number of classes says otherwise."""
+    if not is_classifier:
+        model = authors.load_pretrained(path)
+        return Loaded(model.encoder, None, model.config,
+                      {'frames': model.config.frames, 'repeat': False, **authors.INPUT}, None, None, {})
+    model = authors.load_classifier(path)
+    n_classes = model.head.out_features
+    spectrum = {'frames': model.config.frames, 'repeat': False,
+                **authors.INPUT_BY_CLASSES.get(n_classes, authors.INPUT)}
+    return Loaded(model.encoder, model, model.config, spectrum, [f'class {i}' for i in range(n_classes)],
+                  n_classes == 527, {})

@@ -1,0 +1,122 @@
+"""Checkpoints of a run: written whole or not at all, read safely, and resumed."""
+import os
+
+import torch
+
+from engine.errors import CheckpointError, RunError
+from engine.files import replacing
+from engine.processes import commit
+
+CHECKPOINT_VERSION = 1
+CONTENTS = {'model': dict, 'config': dict, 'settings': dict, 'optimizer': dict, 'input': dict, 'step': int}
+
+
+def save_checkpoint(path, state, keep=2):
+    """Write to a temporary name, fsync, rename;
+    of earlier ones the newest keep - 1 stay as NAME.1.pt, NAME.2.pt, ..."""
+    def rotate():
+        for older in range(keep - 1, 0, -1):                                # ckpt.pt -> ckpt.1.pt -> ckpt.2.pt ...
+            newer = numbered(path, older - 1)
+            if os.path.exists(newer):
+                os.replace(newer, numbered(path, older))
+    try:
+        with replacing(path, 'wb', before_rename=rotate) as f:
+            torch.save({'version': CHECKPOINT_VERSION, 'commit': commit(), **state}, f)
+    except (OSError, RuntimeError) as error:                            # torch.save reports a full disk as RuntimeError
+        raise RunError(f'could not write the checkpoint {path} ({error}); the one before it is intact') from None
+
+
+def numbered(path, number):
+    return path if number == 0 else f'{os.path.splitext(path)[0]}.{number}.pt'
+
+
+def load_checkpoint(path, wanted=('model', 'config', 'settings')):
+    """One of our checkpoints, tensors and plain values only. Raises CheckpointError."""
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f'there is no checkpoint {path}') from None
+    except Exception as error:              # a damaged or hostile file can fail in any way; it is not a checkpoint
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise CheckpointError(f'{path} is not a checkpoint that can be read safely ({reason})') from None
+    missing = [key for key in wanted if not isinstance(state, dict) or not isinstance(state.get(key), CONTENTS[key])]
+    if missing:
+        raise CheckpointError(f'{path} is not a checkpoint of this code: it has no valid {", ".join(missing)}')
+    if not isinstance(state.get('version'), int) or state['version'] != CHECKPOINT_VERSION:
+        raise CheckpointError(f'{path} is a checkpoint of version {state.get("version")}, '
+                              f'this code reads {CHECKPOINT_VERSION}')
+    return state
+
+
+def latest_checkpoint(out_dir, process):
+    """The newest checkpoint of a run that can be read: ckpt.pt, or the one before it with a warning."""
+    problems = []
+    for path in (os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'ckpt.1.pt')):
+        try:
+            state = load_checkpoint(path, ('model', 'config', 'settings', 'optimizer', 'step', 'input'))
+            if problems:
+                process.print(f'warning: {problems[0]}; going on from {path}')
+            return state
+        except CheckpointError as error:
+            problems.append(str(error))
+    raise CheckpointError(f'no checkpoint to resume in {out_dir}: {problems[0]}')
+
+
+def resume(out_dir, model, optimizer, config, input_info, settings, free, process):
+    """Load the newest checkpoint of a run into model and optimizer, if it is of the same model and data -> its state.
+
+    config, input_info: dictionaries that must equal the stored ones (other_data in the settings allows other clips);
+    free: names of settings that may differ without changing the numbers; any other difference is printed.
+    """
+    state = latest_checkpoint(out_dir, process)
+    path = os.path.join(out_dir, 'ckpt.pt')
+    other = [f'{name} {state["config"].get(name)!r} -> {value!r}' for name, value in config.items()
+             if state['config'].get(name) != value]
+    if other:
+        raise CheckpointError(f'{path} is of another model ({", ".join(other)}): give the same settings, or another '
+                              '--out_dir')
+    if state['input'].get('fingerprint') != input_info['fingerprint'] and not settings.other_data:
+        raise CheckpointError(f'{path} was trained on other clips than there are now: put the data back, start a new '
+                              'run, or go on all the same with --other_data')
+    changed = [f'{name} {state["settings"].get(name)!r} -> {value!r}' for name, value in vars(settings).items()
+               if name not in free and name in state['settings'] and state['settings'][name] != value]
+    if changed:
+        process.print('warning: changed since the checkpoint, so that this is no longer the same run: '
+                      f'{", ".join(changed)}')
+    load_weights(model, state['model'], path)
+    try:
+        groups, stored = optimizer.state_dict()['param_groups'], state['optimizer']['param_groups']
+        if [len(group['params']) for group in groups] != [len(group['params']) for group in stored]:
+            raise CheckpointError(f'{path} groups its parameters otherwise: decay_vectors and layer_decay cannot '
+                                  'change in a run')
+        optimizer.load_state_dict({'state': state['optimizer']['state'], 'param_groups': groups})  # the settings of now
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        raise CheckpointError(f'{path} is damaged: its optimizer cannot be read ({type(error).__name__})') from None
+    process.print(f'going on after step {state["step"]:,}')
+    return state
+
+
+def load_weights(module, state, path):
+    """Copy a state dict into a module; names, shapes and types must all agree. Raises CheckpointError."""
+    compare_weights(module, state, path)
+    try:
+        module.load_state_dict(state)
+    except (RuntimeError, NotImplementedError, AttributeError, TypeError) as error:     # sparse, without data, ...
+        raise CheckpointError(f'{path}: its weights cannot be copied ({str(error).splitlines()[0][:100]})') from None
+
+
+def compare_weights(module, state, path):
+    """Whether a state dict is of this module, which may be on the device meta: names, shapes, types. Raises
+    CheckpointError."""
+    own = module.state_dict()
+    for name in own:
+        if name not in state:
+            raise CheckpointError(f'{path}: the weight {name} is missing')
+        if (not isinstance(state[name], torch.Tensor) or state[name].shape != own[name].shape
+                or not state[name].is_floating_point()):
+            found = tuple(state[name].shape) if isinstance(state[name], torch.Tensor) else type(state[name]).__name__
+            raise CheckpointError(f'{path}: the weight {name} is {found}, the model needs {tuple(own[name].shape)}')
+    extra = [name for name in state if name not in own]
+    if extra:
+        raise CheckpointError(f'{path}: unexpected weight {extra[0]}'
+                              + (f' and {len(extra) - 1} more' if len(extra) > 1 else ''))

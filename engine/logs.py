@@ -1,0 +1,93 @@
+"""The folder of a run and its log.jsonl; speed and time left."""
+import json
+import os
+import re
+import time
+
+from engine.errors import ConfigError
+from engine.files import replacing
+
+
+def check_out_dir(out_dir, resume, overwrite):
+    """Refuse a folder that holds a run unless it is to go on or to go. -> True if there is a run to resume."""
+    found = [name for name in ('ckpt.pt', 'ckpt.1.pt', 'log.jsonl') if os.path.exists(os.path.join(out_dir, name))]
+    if resume and overwrite:
+        raise ConfigError('--resume and --overwrite contradict each other: give one')
+    if resume and found in ([], ['log.jsonl']):
+        raise ConfigError(f'nothing to resume in {out_dir}, no checkpoint was written: run without --resume'
+                          + (', with --overwrite' if found else ''))
+    if found and not resume and not overwrite:
+        raise ConfigError(f'{out_dir} holds a run: add --resume to go on, --overwrite to start again, '
+                          'or choose another --out_dir')
+    return resume
+
+
+def clear_out_dir(out_dir):
+    """Remove the run that --overwrite replaces, so that none of its checkpoints can be taken for the new run's."""
+    if os.path.isdir(out_dir):
+        for file in os.listdir(out_dir):
+            if re.fullmatch(r'(ckpt(\.\d+)?|best)\.pt|log\.jsonl', file):
+                os.remove(os.path.join(out_dir, file))
+
+
+class Log:
+    """out_dir/log.jsonl, one JSON object a line, written by the main process and flushed at each."""
+
+    def __init__(self, out_dir, process, resume_at=None):
+        """resume_at: the step of the checkpoint that goes on; lines of later steps are dropped. None: a new run, which
+        removes the one in out_dir."""
+        self.file = None
+        if not process.is_main:
+            return
+        if resume_at is None:
+            clear_out_dir(out_dir)
+        os.makedirs(out_dir, exist_ok=True)
+        path = os.path.join(out_dir, 'log.jsonl')
+        if resume_at is not None and os.path.exists(path):
+            kept = [line for line in whole_lines(path) if json.loads(line).get('step', 0) <= resume_at]
+            with replacing(path) as f:
+                f.writelines(kept)
+        self.file = open(path, 'w' if resume_at is None else 'a', encoding='utf-8')
+
+    def write(self, **values):
+        if self.file:
+            self.file.write(json.dumps(values) + '\n')
+            self.file.flush()
+
+
+def whole_lines(path):
+    """The lines of a log that are valid JSON objects; a crash can leave the last one torn."""
+    with open(path, encoding='utf-8', errors='replace') as f:
+        for line in f:
+            try:
+                if line.endswith('\n') and isinstance(json.loads(line), dict):
+                    yield line
+            except ValueError:
+                pass
+
+
+class Clock:
+    """Speed and time left, over the steps since it was made."""
+
+    def __init__(self, step, last_step):
+        self.first, self.last, self.began = step, last_step, time.time()
+
+    def seconds_left(self, step):
+        """Until last_step, from the mean time of a step so far."""
+        return (time.time() - self.began) / max(step - self.first, 1) * (self.last - step)
+
+    def left(self, step):
+        """The same as '3m 20s'."""
+        return duration(self.seconds_left(step))
+
+    def per_second(self, step, items_per_step):
+        return (step - self.first) * items_per_step / max(time.time() - self.began, 1e-9)
+
+
+def duration(seconds):
+    """'2d 3h', '3h 12m', '5m 20s' or '45s'"""
+    seconds = int(seconds)
+    for unit, size, smaller, small in (('d', 86400, 'h', 3600), ('h', 3600, 'm', 60), ('m', 60, 's', 1)):
+        if seconds >= size:
+            return f'{seconds // size}{unit} {seconds % size // small}{smaller}'
+    return f'{seconds}s'

@@ -1,0 +1,1 @@
+"""How good a model is: metrics of its outputs, probes of its frozen features."""
