@@ -8,10 +8,9 @@ import sys
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine import processes
-
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import pretrain  # noqa: E402
+from engine import processes  # noqa: E402
 
 aten = torch.ops.aten
 READING = {aten._local_scalar_dense, aten.nonzero, aten.equal, aten.masked_select, aten._unique2, aten.unique_dim,

@@ -1,4 +1,5 @@
-"""The README's commands and what it says of files and settings.   python -m pytest tests/test_readme.py"""
+"""The commands of the README and of docs/, and what they say of files and settings.
+    python -m pytest tests/test_readme.py"""
 
 import os
 import re
@@ -14,17 +15,24 @@ import pretrain
 
 from .conftest import ROOT, TINY, call, write_wav
 
-with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as f:
-    README = f.read()
+PAGES = ['README.md', *(f'docs/{page}.md' for page in 'datasets results ablations scaling paper_and_code'.split())]
+
+
+def read(path):
+    with open(os.path.join(ROOT, path), encoding='utf-8') as f:
+        return f.read()
+
+
+README, TEXT = read('README.md'), '\n'.join(map(read, PAGES))
 COMMANDS = [
     shlex.split(line.split('&&')[-1], comments=True)
-    for block in re.findall(r'```sh\n(.*?)```', README, re.S)
+    for block in re.findall(r'```sh\n(.*?)```', TEXT, re.S)
     for line in block.splitlines()
     if line.strip() and not line.startswith('#')
 ]
 INLINE = [
     ['python', *shlex.split(text)]
-    for text in re.findall(r'`((?:prepare|pretrain|finetune|eval|bench).py [^`]*)`', README)
+    for text in re.findall(r'`((?:prepare|pretrain|finetune|eval|bench).py [^`]*)`', TEXT)
 ]
 DEMO = [command[2:] for command in COMMANDS if command[:3] == ['python', 'pretrain.py', 'config/demo.py']]
 SHORT = ['--max_steps=2', '--warmup_steps=1', '--batch_size=4', '--n_layer=1', '--eval_clips=60', '--threads=1']
@@ -110,6 +118,15 @@ def test_the_path_from_a_folder_of_ones_own(tmp_path, monkeypatch):
     assert os.path.exists(tmp_path / 'mine.npz')
 
 
+def test_the_readme_is_short_and_its_links_and_files_exist():
+    assert len(README.splitlines()) <= 130
+    links = re.findall(r'\]\((?!http)([^)#]+)\)', TEXT)
+    tree = re.findall(r'^([a-z_]+(?:\.py|/))', re.search(r'```\n(model\.py.*?)```', README, re.S)[1], re.M)
+    assert len(links) >= 5 and len(tree) >= 14
+    for path in [*links, *tree]:
+        assert os.path.exists(os.path.join(ROOT, path)), path
+
+
 def test_tiny_settings_are_settings():
     for word in TINY:
         assert word[2:].split('=')[0] in options_of('pretrain.py')
@@ -117,8 +134,7 @@ def test_tiny_settings_are_settings():
 
 def test_no_figure_of_the_performance_notes_is_missing():
     """Every table has as many cells in each row, and no word stands where a figure should."""
-    with open(os.path.join(ROOT, 'docs', 'performance.md'), encoding='utf-8') as f:
-        text = f.read()
+    text = read('docs/performance.md')
     assert not re.search(r'\b[A-Z]{4,}_[A-Z]+\b|TODO|TBD', text)
     for table in re.findall(r'(?:^\|.*\n)+', text, re.M):
         assert len({line.count('|') for line in table.splitlines()}) == 1, table
