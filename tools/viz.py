@@ -1,0 +1,415 @@
+"""Pictures of what a model does, each from a checkpoint or from the logs of real runs. Needs matplotlib.
+
+    python -m tools.viz masks --ckpt=out/real/ckpt.pt --wav=dog.wav          # what each student sees of a clip
+    python -m tools.viz maps --ckpt=out/real/ckpt.pt --wav=dog.wav           # both attention maps and their difference
+    python -m tools.viz lambda --ckpt=out/real/ckpt.pt --dataset=esc10       # what lambda removes, layer by layer
+    python -m tools.viz targets --ckpt=out/real/ckpt.pt --dataset=esc10      # targets beside predictions
+    python -m tools.viz curves --logs=out/real/log.jsonl,out/b/log.jsonl     # training curves; where two runs part
+    python -m tools.viz embeddings --ckpt=out/real/ckpt.pt --dataset=fsdd    # a labelled set in two dimensions
+
+Settings are the names below. Colours: viridis, cividis and PuOr, which colour-blind readers tell apart.
+"""
+import json
+import math
+import os
+
+import numpy as np
+import torch
+
+import configurator
+import data
+from audio import frames_in, samples_for
+from audio.clips import open_clips, open_test, read_meta
+from audio.decoding import decode_file
+from checkpoints import authors, saving
+from checkpoints.opening import open_checkpoint
+from engine import processes, randomness
+from engine.errors import CheckpointError, ConfigError, DataError
+from engine.files import replacing
+from engine.logs import whole_lines
+from model import ASDA, ASDAConfig
+from scoring.probes import over_clips
+
+ckpt = ''               # the checkpoint
+wav = ''                # masks, maps: the sound, of which the first frames count
+dataset = ''            # lambda, targets, embeddings: a prepared set
+data_dir = 'data'       # where prepared sets are
+fold = ''               # embeddings: show this fold; '': the test split
+logs = ''               # curves: log.jsonl files, separated by commas; the first is what the others are compared with
+out = ''                # the picture; '': WHAT.png beside the checkpoint or the first log
+layer = 0               # maps: the block, counted from 1; 0: the middle one
+query = 'loudest'       # maps: the token that looks: cls, loudest (the patch with most energy) or a patch's index
+clips = 64              # lambda, targets: clips to average over; embeddings: at most 16 times as many
+seed = 1                # which masks, which clips
+
+NARROW, WIDE = 7.0, 10.0        # inches; at 100 dots an inch both are readable at the width of a README
+QUIET = 0.25                    # the share of patches with least energy that counts as low-energy
+
+
+# ------------------------------------------------------------------------------------------------------------- opening
+
+def pyplot():
+    try:
+        import matplotlib
+    except ImportError:
+        raise ConfigError('pictures need matplotlib: pip install matplotlib') from None
+    matplotlib.use('Agg')
+    matplotlib.rcParams.update({'font.size': 8, 'axes.titlesize': 8, 'figure.dpi': 100})
+    from matplotlib import pyplot
+    return pyplot
+
+
+def open_asda(path):
+    """A pre-trained checkpoint with its decoder and teacher, ours or the authors' -> ASDA, its spectrum's settings"""
+    loaded = open_checkpoint(path)
+    if loaded.classifier is not None:
+        raise CheckpointError(f'{path} is fine-tuned and has no decoder: name a pre-trained checkpoint')
+    try:
+        state = saving.load_checkpoint(path)
+        model = ASDA(ASDAConfig(**state['config']))
+        saving.load_weights(model, state['model'], path)
+    except CheckpointError:
+        model = authors.load_pretrained(path)
+    return model.eval(), loaded.spectrum
+
+
+def one_spectrogram(settings, spectrum):
+    """(1, frames, 128) of the sound that --wav names, and its real frames"""
+    if not settings.wav:
+        raise ConfigError('this picture shows a sound: name it with --wav=FILE')
+    pcm = np.clip(np.rint(decode_file(settings.wav) * 32768), -32768, 32767).astype(np.int16)
+    pcm = torch.from_numpy(pcm[:samples_for(spectrum['frames'])])[None]
+    length = torch.tensor([pcm.shape[1]])
+    return data.log_mel(pcm, length, **spectrum), int(frames_in(length))
+
+
+def some_spectrograms(settings, spectrum):
+    """(clips, frames, 128) of clips of --dataset, drawn by the seed"""
+    if not settings.dataset:
+        raise ConfigError('this picture looks at a prepared set: name it with --dataset=NAME')
+    found = open_clips([settings.dataset], settings.data_dir,
+                       sorted(read_meta(os.path.join(settings.data_dir, settings.dataset))['splits']))
+    chosen = np.random.default_rng(settings.seed).permutation(len(found))[:settings.clips]
+    if len(chosen) < 2:
+        raise DataError(f'{settings.dataset} has {len(found)} clips, this picture needs two or more')
+    batch = data.OrderedBatches(found.select(np.sort(chosen)), spectrum['frames'], len(chosen))[0]
+    return data.log_mel(batch['pcm'], batch['lengths'], **spectrum)
+
+
+def masks_of(config, batch, seed):
+    generator = randomness.torch_random('cpu', seed, 'mask', 0)
+    return data.block_masks(batch, config.n_students, config.grid, config.mask_ratio, config.mask_block, generator,
+                            config.mask_adjust)
+
+
+def energies(spec, config):
+    """(B, frames, 128) -> (B, P) mean of every patch"""
+    side = config.patch_size
+    B, frames, bands = spec.shape
+    return spec.view(B, frames // side, side, bands // side, side).mean(dim=(2, 4)).flatten(1)
+
+
+def show(axis, picture, config=None, **how):
+    """A spectrogram (frames, 128), or values of patches (P,) at the size of one, time to the right."""
+    columns = config and config.n_mels // config.patch_size
+    image = picture.reshape(-1, columns) if config else picture
+    axis.imshow(np.asarray(image).T, origin='lower', aspect='auto', interpolation='nearest', **how)
+    axis.set_xticks([])
+    axis.set_yticks([])
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+def draw_masks(settings, plt):
+    """A clip, and the patches that each of its students sees of it."""
+    model, spectrum = open_asda(settings.ckpt)
+    config = model.config
+    spec, _ = one_spectrogram(settings, spectrum)
+    mask = masks_of(config, 1, settings.seed)[0]                            # (n, P), True = masked
+    columns = 4
+    rows = 1 + -(-config.n_students // columns)
+    figure = plt.figure(figsize=(WIDE, 0.95 * rows + 0.5), layout='constrained')
+    grid = figure.add_gridspec(rows, columns)
+    whole = figure.add_subplot(grid[0, :])
+    show(whole, spec[0], cmap='viridis')
+    whole.set_title(f'{os.path.basename(settings.wav)}: {config.frames / 100:g} s, {config.grid[0]} x {config.grid[1]} '
+                    'patches; the teacher sees all')
+    low, high = float(spec.min()), float(spec.max())
+    for n in range(config.n_students):
+        axis = figure.add_subplot(grid[1 + n // columns, n % columns])
+        hidden = mask[n].view(config.grid).repeat_interleave(config.patch_size, 0)
+        hidden = hidden.repeat_interleave(config.patch_size, 1)
+        show(axis, spec[0].masked_fill(hidden, math.nan), cmap='viridis', vmin=low, vmax=high)
+        axis.set_facecolor('0.85')
+        axis.set_title(f'student {n + 1}: {int((~mask[n]).sum())} of {mask.shape[1]}')
+    return figure, f'{config.n_students} students see {int((~mask[0]).sum())} of {mask.shape[1]} patches each'
+
+
+def attention_maps(encoder, spec):
+    """Per block, the softmax maps of every head, by the weights that the block uses. -> [(B, maps, h, 1 + P, 1 + P)]"""
+    config, found = encoder.config, []
+    maps, h = 2 if config.diff_lambda else 1, config.n_head
+
+    def note(attention, inputs, _):
+        (x,) = inputs
+        B, N, D = x.shape
+        q, k = attention.qk(x).view(B, N, 2, maps, h, D // h).permute(2, 0, 3, 4, 1, 5)      # (B, maps, h, N, d) each
+        found.append((q @ k.mT / math.sqrt(D // h)).softmax(dim=-1))
+    hooks = [block.attn.register_forward_hook(note) for block in encoder.blocks]
+    with torch.no_grad():
+        encoder(spec)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def draw_maps(settings, plt):
+    """For one token: where each head's two maps look, their difference, and what the difference cancels."""
+    loaded = open_checkpoint(settings.ckpt)
+    encoder, config = loaded.encoder.eval(), loaded.config
+    if not config.diff_lambda or config.cls_position != 'head':
+        raise ConfigError(f'{settings.ckpt} has diff_lambda = {config.diff_lambda:g} and its CLS at the '
+                          f'{config.cls_position}: this picture needs two maps and the CLS first')
+    spec, real = one_spectrogram(settings, loaded.spectrum)
+    columns = config.n_mels // config.patch_size
+    rows = -(-real // config.patch_size)
+    energy = energies(spec, config)[0, :rows * columns]
+    named = {'cls': 0, 'loudest': 1 + int(energy.argmax())}
+    token = named.get(settings.query, 1 + int(settings.query) if settings.query.isdecimal() else -1)
+    number = settings.layer or (config.n_layer + 1) // 2
+    if not 0 <= token <= spec.shape[1] // config.patch_size * columns or number > config.n_layer:
+        raise ConfigError(f'query = {settings.query!r} is neither cls, loudest nor a patch, or layer = {number} is not '
+                          f'one of {config.n_layer}')
+    pair = attention_maps(encoder, spec)[number - 1][0, :, :, token, 1:1 + rows * columns]       # (2, h, P)
+    first, second = pair[0], config.diff_lambda * pair[1]
+    titles = ('A1', f'{config.diff_lambda:g} A2', f'A1 - {config.diff_lambda:g} A2', 'cancelled: the smaller of both')
+    figure, axes = plt.subplots(1 + config.n_head, 4, figsize=(WIDE, 0.75 * (1 + config.n_head) + 0.4),
+                                layout='constrained', squeeze=False)
+    for axis in axes[0, 1:]:
+        axis.remove()
+    show(axes[0, 0], spec[0, :rows * config.patch_size], cmap='viridis')
+    if token:
+        side = config.patch_size
+        row, column = divmod(token - 1, columns)
+        axes[0, 0].add_patch(plt.Rectangle((row * side, column * side), side, side, fill=False, color='white', lw=1.5))
+    name = 'CLS' if not token else f'the framed patch ({token - 1})'
+    axes[0, 0].set_title(f'block {number} of {config.n_layer}: where {name} looks')
+    for head, line in enumerate(axes[1:]):
+        top = float(first[head].max())
+        for axis, values, title, low, colours in zip(
+                line, (first[head], second[head], first[head] - second[head],
+                       torch.minimum(first[head], second[head])), titles, (0, 0, -top, 0),
+                ('viridis', 'viridis', 'PuOr_r', 'viridis')):
+            show(axis, values, config, cmap=colours, vmin=low, vmax=top)
+            if head == 0:
+                axis.set_title(title)
+        line[0].set_ylabel(f'head {head + 1}')
+    share = float(torch.minimum(first, second).sum() / first.sum())
+    return figure, f'block {number}, {name}: the difference cancels {share:.1%} of what A1 gives to patches'
+
+
+def draw_lambda(settings, plt):
+    """Per block: the entropy of A1, A2 and of what their difference keeps, and the attention on low-energy patches."""
+    loaded = open_checkpoint(settings.ckpt)
+    encoder, config = loaded.encoder.eval(), loaded.config
+    if not config.diff_lambda or config.cls_position != 'head':
+        raise ConfigError(f'{settings.ckpt} has one attention map, or its CLS in the middle: nothing to compare')
+    spec = some_spectrograms(settings, loaded.spectrum)
+    energy = energies(spec, config)
+    quiet = (energy <= energy.quantile(QUIET, dim=1, keepdim=True)).float()                 # (B, P)
+    table = []                                                      # per block: (3 kinds, 2 measures)
+    for pair in attention_maps(encoder, spec):
+        pair = pair[..., 1:]                                        # onto patches
+        kept = (pair[:, 0] - config.diff_lambda * pair[:, 1]).clamp_min(0)
+        rows = []
+        for maps in (pair[:, 0], pair[:, 1], kept):                 # (B, h, N, P)
+            share = maps / maps.sum(dim=-1, keepdim=True).clamp_min(1e-12)
+            entropy = -(share * share.clamp_min(1e-12).log()).sum(dim=-1).mean() / math.log(share.shape[-1])
+            rows.append((float(entropy), float((share * quiet[:, None, None]).sum(dim=-1).mean())))
+        table.append(rows)
+    table = np.array(table)                                         # (L, 3, 2)
+    figure, axes = plt.subplots(1, 2, figsize=(WIDE, 2.8), layout='constrained')
+    where = np.arange(1, config.n_layer + 1)
+    for measure, (axis, title) in enumerate(zip(axes, ('entropy / log P (1: looks everywhere alike)',
+                                                       f'share on the {QUIET:.0%} of patches with least energy'))):
+        kept = f'what A1 - {config.diff_lambda:g} A2 keeps'
+        for kind, (name, style) in enumerate((('A1', 'o-'), ('A2', 's--'), (kept, '^-.'))):
+            axis.plot(where, table[:, kind, measure], style, color=plt.cm.cividis((0.0, 0.45, 0.85)[kind]), label=name)
+        axis.set_title(title)
+        axis.set_xlabel('block')
+        axis.set_xticks(where)
+    axes[1].axhline(QUIET, color='0.6', lw=0.8, ls=':')
+    axes[0].legend(frameon=False)
+    said = '; '.join(f'block {i + 1}: {rows[0, 1]:.1%} -> {rows[2, 1]:.1%}' for i, rows in enumerate(table))
+    return figure, f'attention on low-energy patches, A1 -> kept: {said}'
+
+
+def draw_targets(settings, plt):
+    """First principal components of the targets of one clip, of what its students predict at the places that they do
+    not see, and of the mean target of each place over clips."""
+    model, spectrum = open_asda(settings.ckpt)
+    config = model.config
+    spec = some_spectrograms(settings, spectrum)
+    mask = masks_of(config, len(spec), settings.seed)
+    with torch.inference_mode():
+        target, _ = model.targets(spec)                                     # (B, P, D)
+        shown = int(energies(spec, config).var(dim=1).argmax())             # a clip with loud and quiet patches
+        keep = (~mask[shown]).nonzero()[:, 1].view(config.n_students, -1)
+        x = model.encoder(spec[shown:shown + 1], keep)
+        noise = torch.zeros(config.n_students, mask.shape[2], config.n_embd)
+        prediction = model.decoder(x[:, 1:], keep, noise)                   # (n, P, D)
+    hidden = mask[shown].float()[:, :, None]
+    prediction = (prediction * hidden).sum(dim=0) / hidden.sum(dim=0).clamp_min(1)      # mean of who did not see it
+    place = target.mean(dim=0)                                              # (P, D)
+    centred = (target - target.mean(dim=(0, 1))).flatten(0, 1)
+    basis = torch.linalg.svd(centred, full_matrices=False)[2][:3]           # (3, D)
+    rows = [(title, (values - target.mean(dim=(0, 1))) @ basis.T) for title, values in
+            (('target', target[shown]), ('prediction where masked', prediction), ('mean target of each place', place))]
+    figure, axes = plt.subplots(3, 4, figsize=(WIDE, 3.6), layout='constrained')
+    show(axes[0, 0], spec[shown], cmap='viridis')
+    axes[0, 0].set_title('log-mel')
+    for axis in axes[1:, 0]:
+        axis.remove()
+    for line, (title, values) in zip(axes, rows):
+        for component, axis in enumerate(line[1:]):
+            top = float(rows[0][1][:, component].abs().max())
+            show(axis, values[:, component], config, cmap='PuOr', vmin=-top, vmax=top)
+            axis.set_title(f'{title}, component {component + 1}')
+    error = (prediction - target[shown]).square().sum(dim=1)
+    beyond = 1 - float(error.mean() / (target[shown] - place).square().sum(dim=1).mean())
+    return figure, f'of this clip, beyond the mean target of each place, {beyond:.1%} is predicted ({len(spec)} clips)'
+
+
+# -------------------------------------------------------------------------------------------------------------- curves
+
+def read_log(path):
+    """A log.jsonl -> its settings, {measure: (steps, values)}, {step: seconds since the start}. Raises DataError."""
+    try:
+        lines = [json.loads(line) for line in whole_lines(path)]
+    except OSError as error:
+        raise DataError(f'cannot read the log {path}: {error.strerror}') from None
+    began = next((line for line in lines if 'settings' in line), None)
+    series, seconds = {}, {}
+    for line in lines:
+        step = line.get('step')
+        if not isinstance(step, int):
+            continue
+        if began and isinstance(line.get('time'), float) and isinstance(began.get('time'), float):
+            seconds[step] = line['time'] - began['time']
+        flat = {**line, **{f'valid {name}': value for name, value in (line.get('valid') or {}).items()}}
+        for name, value in flat.items():
+            if name not in ('step', 'time') and isinstance(value, int | float):
+                series.setdefault(name, ([], []))
+                series[name][0].append(step)
+                series[name][1].append(value)
+    if not series:
+        raise DataError(f'{path} is not the log of a run: it has no steps')
+    return (began or {}).get('settings', {}), series, seconds
+
+
+def where_they_part(one, other, tolerance=0.02):
+    """In words: the first step both have whose losses differ by more than the tolerance, and the settings that do."""
+    (settings, series, _), (settings2, series2, _) = one, other
+    loss, loss2 = (dict(zip(*each.get('loss', ((), ())))) for each in (series, series2))
+    both = sorted(set(loss) & set(loss2))
+    unlike = [f'{name} {value!r} / {settings2[name]!r}' for name, value in settings.items()
+              if name not in ('out_dir', 'resume', 'overwrite') and name in settings2 and settings2[name] != value]
+    text = 'no step in common'
+    if both:
+        apart = [step for step in both if abs(loss[step] - loss2[step]) > tolerance * abs(loss[step])]
+        text = (f'losses part by more than {tolerance:.0%} at step {apart[0]:,}: {loss[apart[0]]:.4g} / '
+                f'{loss2[apart[0]]:.4g}' if apart else
+                f'losses agree to {tolerance:.0%} over the {len(both)} steps that both logged, up to {both[-1]:,}')
+    return text + ('; settings that differ: ' + ', '.join(unlike) if unlike else '; no setting differs')
+
+
+def draw_curves(settings, plt):
+    """Loss, explained and content share, and probes, of several runs against updates and against time."""
+    paths = configurator.words(settings.logs)
+    if not paths:
+        raise ConfigError('name the logs to draw: --logs=out/a/log.jsonl,out/b/log.jsonl')
+    runs = [read_log(path) for path in paths]
+    panels = [('loss', ['loss']), ('share of the variance', ['explained', 'content']),
+              ('accuracy', ['knn_cls', 'knn_patches', 'knn', 'probe', 'valid accuracy', 'valid mAP'])]
+    panels = [panel for panel in panels if any(name in series for name in panel[1] for _, series, _ in runs)]
+    figure, axes = plt.subplots(2, len(panels), figsize=(WIDE, 4.2), layout='constrained', squeeze=False)
+    for run, (path, (_, series, seconds)) in enumerate(zip(paths, runs)):
+        colour = plt.cm.viridis(0.85 * run / max(len(runs) - 1, 1))
+        for column, (title, names) in enumerate(panels):
+            for style, name in zip(('-', '--', ':', '-.'), [name for name in names if name in series]):
+                steps, values = series[name]
+                label = (os.path.dirname(path) or path) + ('' if name == title else f', {name.replace("_", " ")}')
+                axes[0, column].plot(steps, values, style, color=colour, label=label, lw=1.2)
+                timed = [(seconds[step] / 60, value) for step, value in zip(steps, values) if step in seconds]
+                if timed:
+                    axes[1, column].plot(*zip(*timed), style, color=colour, lw=1.2)
+            axes[0, column].set_title(title)
+            axes[0, column].set_xlabel('updates')
+            axes[1, column].set_xlabel('minutes')
+            axes[0, column].legend(frameon=False, fontsize=6)
+    said = [f'{path} / {paths[0]}: {where_they_part(runs[0], run)}' for path, run in zip(paths[1:], runs[1:])]
+    return figure, '\n'.join(said) or f'{paths[0]}: {", ".join(sorted(runs[0][1]))}'
+
+
+def draw_embeddings(settings, plt):
+    """A labelled set in two dimensions: t-SNE where scikit-learn is installed, else two principal components."""
+    loaded = open_checkpoint(settings.ckpt)
+    test = open_test(settings.dataset, settings.data_dir, settings.fold)
+    if test.multi_label:
+        raise DataError(f'{settings.dataset} has several labels a clip: this picture needs one')
+    chosen = np.random.default_rng(settings.seed).permutation(len(test))[:16 * settings.clips]
+    test = test.select(np.sort(chosen))
+    process = processes.start('cpu')
+    columns = loaded.config.n_mels // loaded.config.patch_size
+
+    def by_band(spec, lengths):
+        """Mean over time of the patches of a time step side by side."""
+        x = encoder(spec)[:, 1:]                                            # (B, P, D)
+        return x.view(len(x), -1, columns * x.shape[-1]).mean(dim=1),
+    encoder = loaded.encoder.eval()
+    (features,) = over_clips(by_band, test, loaded.spectrum, process, torch.no_grad)
+    features = (features - features.mean(axis=0)) / (features.std(axis=0) + 1e-6)
+    try:
+        from sklearn.manifold import TSNE
+        how, flat = 't-SNE', TSNE(perplexity=min(30, (len(test) - 1) / 3), random_state=settings.seed,
+                                  init='pca').fit_transform(features)
+    except ImportError:
+        basis = np.linalg.svd(features, full_matrices=False)[2][:2]
+        how, flat = 'principal components', features @ basis.T
+    figure, axis = plt.subplots(figsize=(NARROW, 4.6), layout='constrained')
+    markers = 'os^vDP*X<>'
+    for label, name in enumerate(test.classes):
+        of_class = test.label == label
+        axis.scatter(*flat[of_class].T, s=14, marker=markers[label % len(markers)],
+                     color=plt.cm.viridis(label / max(len(test.classes) - 1, 1)), label=name, edgecolors='none')
+    axis.set_xticks([])
+    axis.set_yticks([])
+    if len(test.classes) <= 20:
+        axis.legend(frameon=False, loc='center left', bbox_to_anchor=(1, 0.5))
+    axis.set_title(f'{len(test)} clips of {settings.dataset}: {how} of the frozen features')
+    return figure, f'{len(test)} clips, {len(test.classes)} classes, {how}'
+
+
+PICTURES = {'masks': draw_masks, 'maps': draw_maps, 'lambda': draw_lambda, 'targets': draw_targets,
+            'curves': draw_curves, 'embeddings': draw_embeddings}
+
+
+def run(argv):
+    what, *rest = argv or ['--help']
+    settings = configurator.configure(__file__, rest if what in PICTURES else ['--help'] if what in ('-h', '--help')
+                                      else argv)
+    if what not in PICTURES:
+        raise ConfigError(f'{what!r} is no picture: it is one of {", ".join(PICTURES)}')
+    configurator.check_ranges(settings, layer=(0, 1000), clips=(2, 1e5), seed=(0, 2 ** 32 - 1))
+    beside = (configurator.words(settings.logs) or [''])[0] if what == 'curves' else settings.ckpt
+    path = settings.out or os.path.join(os.path.dirname(beside), f'{what}.png')
+    if not path.endswith('.png'):
+        raise ConfigError(f'out = {path!r} must end in .png')
+    figure, said = PICTURES[what](settings, pyplot())
+    with replacing(path, 'wb') as f:
+        figure.savefig(f, format='png')
+    print(f'{said}\n{path}')
+
+
+if __name__ == '__main__':
+    processes.main(run)
