@@ -8,7 +8,6 @@ exactly.
 This file must not know networks, checkpoints or command lines.
 """
 import functools
-import signal
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torchaudio.compliance import kaldi
 
 from audio import HOP_SAMPLES, N_MELS, SAMPLE_RATE, WINDOW_SAMPLES, frames_in, samples_for
+from engine.loading import loader  # noqa: F401  (data.loader)
 from engine.randomness import random
 
 # ----------------------------------------------------------------------------------------------------------- randomness
@@ -282,18 +282,3 @@ class OrderedBatches(torch.utils.data.Dataset):
     def __getitem__(self, k):
         chosen = range(k * self.batch_size, min((k + 1) * self.batch_size, len(self.clips)))
         return stack([self.clips.read(i, count=self.samples) for i in chosen], self.samples)
-
-
-def loader(batches, items, workers=0, pin=False):
-    """Iterate over these items (a range) of a batch dataset, ahead of time in worker processes if there are any."""
-    return torch.utils.data.DataLoader(batches, batch_size=None, sampler=items, num_workers=workers, pin_memory=pin,
-                                       prefetch_factor=4 if workers else None,
-                                       worker_init_fn=quiet_worker if workers else None)
-
-
-def quiet_worker(worker):
-    """Ctrl-C and SIGTERM, which reach a whole group, are the main process's to handle; a worker goes on until that ends
-    it. Nor may it use its siblings' cores."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    torch.set_num_threads(1)

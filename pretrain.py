@@ -10,7 +10,6 @@ computes the same.
 import dataclasses
 import math
 import os
-import time
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -18,14 +17,13 @@ from torch.nn.parallel import DistributedDataParallel
 import configurator
 import data
 import kernels as triton_kernels
-import prepare
 from audio import N_MELS, SAMPLE_RATE, WINDOWS
-from audio.clips import carve_validation, open_clips, read_meta
-from checkpoints import saving
-from engine import logs, processes, randomness
+from audio.clips import open_clips, read_meta
+from engine import processes, randomness, ranges
+from engine import run as running
 from engine.errors import ROOT, ConfigError, RunError
 from model import ASDA, ASDAConfig, count_parameters, kernel_shapes, n_kept, use_kernels
-from scoring.probes import effective_rank, features, knn_accuracy
+from scoring.monitor import labelled_clips, monitor
 
 out_dir = 'out/pretrain'        # checkpoints and log.jsonl go here
 resume = False                  # go on with the run in out_dir
@@ -55,9 +53,8 @@ ema_end = 0.99999               # ... and after ema_steps, linear between
 ema_steps = 100000              # updates
 min_target_var = 0.0            # stop when the variance of the targets falls below this (collapse); 0: only warn
 max_bad_steps = 10              # updates in a row with a loss or gradient that is not finite, before the run stops
-eval_dataset = ''               # a prepared labelled set for the kNN accuracy; '': none
+eval_dataset = ''               # a prepared labelled set for the kNN accuracy, of 2,000 clips at most; '': none
 eval_interval = 1000            # updates between two such evaluations; 0: at the end only
-eval_clips = 2000               # clips of that set to use at most
 log_interval = 10               # updates between two lines of the log
 save_interval = 1000            # updates between two checkpoints
 keep = 2                        # checkpoints to keep
@@ -76,8 +73,8 @@ other_data = False              # go on although the data are not those that the
 
 # Settings that may differ when a run goes on, since they do not change its numbers.
 FREE_SETTINGS = ('out_dir', 'resume', 'overwrite', 'other_data', 'min_target_var', 'max_bad_steps', 'data_dir',
-                 'eval_dataset', 'eval_interval', 'eval_clips', 'log_interval', 'save_interval', 'keep', 'workers',
-                 'accumulate', 'kernels')
+                 'eval_dataset', 'eval_interval', 'log_interval', 'save_interval', 'keep', 'workers', 'accumulate',
+                 'kernels')
 COMPILE_MODES = {'default': False, 'reduce-overhead': True, 'max-autotune-no-cudagraphs': False,
                  'max-autotune': True}                      # whether they record CUDA graphs
 COLLAPSED = 0.05                # a variance of the targets, 1 when all is well, that deserves a warning
@@ -90,47 +87,28 @@ def model_config(settings):
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if config.n_mels != N_MELS or config.drop_path:
-        raise ConfigError(f'n_mels = {config.n_mels} must be {N_MELS} and drop_path = '
-                                       f'{config.drop_path} must be 0 in pre-training')
+        raise ConfigError(f'n_mels = {config.n_mels} must be {N_MELS} and drop_path = {config.drop_path} must be 0 in '
+                          'pre-training')
     rows, columns = config.grid
     patches = rows * columns
     if config.mask_block > min(rows, columns):
-        raise ConfigError(f'mask_block = {config.mask_block} does not fit the {rows} x {columns} grid '
-                                       f'of patches of {config.frames} frames')
+        raise ConfigError(f'mask_block = {config.mask_block} does not fit the {rows} x {columns} grid of patches of '
+                          f'{config.frames} frames')
     blocks = int(patches * (1 - config.mask_ratio + config.mask_adjust) / config.mask_block ** 2)
     kept = n_kept(patches, config.mask_ratio)
     if blocks < 1 or kept < 1:
-        raise ConfigError(f'{patches} patches keep {kept} at mask_ratio = {config.mask_ratio}: '
-                                       f'no block of {config.mask_block} x {config.mask_block} fits; '
-                                       'set a smaller mask_block or longer frames')
+        raise ConfigError(f'{patches} patches keep {kept} at mask_ratio = {config.mask_ratio}: no block of '
+                          f'{config.mask_block} x {config.mask_block} fits; set a smaller mask_block or longer frames')
     return config
 
 
 def check(settings, world):
     """Raise ConfigError for settings that cannot work."""
-    configurator.check_ranges(
-        settings, batch_size=(1, 1e6), accumulate=(1, 1e6), max_steps=(1, 1e9), log_interval=(1, 1e9),
-        save_interval=(1, 1e9), keep=(1, 100), seed=(0, 2 ** 62), lr=(0, 1e30), weight_decay=(0, 1e3),
-        beta1=(0, 0.9999), beta2=(0, 0.999999), grad_clip=(0, 1e9), ema_start=(0, 1), ema_end=(0, 1),
-        ema_steps=(1, 1e9), eval_interval=(0, 1e9), eval_clips=(10, 1e9), max_bad_steps=(1, 1e9),
-        min_target_var=(0, 1), workers=(0, 1000), threads=(0, 1000), norm_mean=(-100, 100), norm_std=(1e-3, 100),
-        warmup_steps=(0, 1e9))
-    if settings.batch_size % (world * settings.accumulate):
-        raise ConfigError(f'batch_size = {settings.batch_size} is not divisible by {world} processes '
-                                       f'x accumulate = {settings.accumulate}')
-    if settings.window not in WINDOWS:
-        raise ConfigError(f'window = {settings.window!r} is none of {", ".join(WINDOWS)}')
-    if settings.short_clips not in ('pad', 'join'):
-        raise ConfigError(f'short_clips = {settings.short_clips!r} is neither pad nor join')
-    if settings.compile_mode not in COMPILE_MODES:
-        raise ConfigError(f'compile_mode = {settings.compile_mode!r} is none of '
-                                       f'{", ".join(COMPILE_MODES)}')
+    running.check(settings, world, ranges.PRETRAIN, window=WINDOWS, short_clips=('pad', 'join'),
+                  compile_mode=COMPILE_MODES)
     if COMPILE_MODES[settings.compile_mode] and (world > 1 or settings.accumulate > 1):
-        raise ConfigError(f'compile_mode = {settings.compile_mode} takes one process and accumulate = 1: '
-                                       'a CUDA graph overwrites its gradients when it runs again')
-    if not settings.warmup_steps < settings.max_steps:
-        raise ConfigError(f'warmup_steps = {settings.warmup_steps} must be less than max_steps '
-                                       f'= {settings.max_steps}')
+        raise ConfigError(f'compile_mode = {settings.compile_mode} takes one process and accumulate = 1: a CUDA graph '
+                          'overwrites its gradients when it runs again')
 
 
 def lr_at(step, settings):
@@ -161,45 +139,13 @@ def make_optimizer(model, settings, process):
                              fused=True)
 
 
-def choose_kernels(model, config, settings, resumed, process):
-    """Layers that Triton computes, and how it launches them, as settings.kernels says: the choice of one process, or of
-    the checkpoint that goes on, holds for all."""
-    dtype = getattr(torch, settings.dtype)
-    clips = settings.batch_size // process.world // settings.accumulate
-    if settings.kernels == 'auto' and resumed:
-        settings.kernels = resumed['settings'].get('kernels', 'torch')
-    elif settings.kernels in ('auto', 'torch', 'triton'):
-        if settings.kernels != 'torch' and not triton_kernels.unusable(process.device):
-            process.print('compiling and timing the Triton kernels ...')    # a minute, unless Triton remembers them
-        try:
-            choice, reasons = triton_kernels.choose(settings.kernels if process.is_main else 'torch',
-                                                    kernel_shapes(config, clips), process.device, dtype,
-                                                    timed=not settings.deterministic)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-        if len(set(reasons.values())) > 1:                                  # else no kernel was tried, for one reason
-            for name, reason in reasons.items():
-                process.print(f'{name} by {"Triton" if choice[name] == "triton" else "PyTorch"}: {reason}')
-        names = [triton_kernels.tuned_name(name) for name in choice if choice[name] == 'triton']
-        settings.kernels = ','.join(process.gather(names)[0]) or 'torch'
-    names = configurator.words(settings.kernels)
-    if names != ['torch']:
-        try:
-            names, missing = [triton_kernels.recall(name) for name in names], triton_kernels.unusable(process.device)
-        except ValueError as error:
-            missing = error
-        if missing:
-            raise ConfigError(f'kernels = {settings.kernels!r}, but {missing}: write --kernels=torch')
-    use_kernels(model, names)
-
-
 def training_clips(settings, process):
     """The clips to train on; the demo's are made if they are missing."""
     names = configurator.words(settings.dataset)
-    if names == ['demo'] and not os.path.exists(os.path.join(settings.data_dir, 'demo', 'meta.json')):
-        if process.is_main:
-            prepare.run(['demo', f'--out_dir={os.path.join(settings.data_dir, "demo")}', '--workers=0'])
-        process.gather(None)                                                # the others wait
+    demo = os.path.join(settings.data_dir, 'demo')
+    if names == ['demo'] and not os.path.exists(os.path.join(demo, 'meta.json')):
+        import prepare  # with all its recipes, for nothing else
+        process.once(lambda: prepare.run(['demo', f'--out_dir={demo}', '--workers=0']))
     return open_clips(names, settings.data_dir, configurator.words(settings.splits),
                       configurator.words(settings.leave_out))
 
@@ -224,7 +170,7 @@ def forward_backward(network, spec, mask, noise, settings, autocast):
 
 
 def update(model, optimizer, step, settings):
-    """One update of student and teacher from the gradients -> their norm before clipping, a tensor on the device.
+    """One update of the student from the gradients -> their norm before clipping, a tensor on the device.
 
     If that is not finite, which every process sees alike, the student stays as it is: without asking the device.
     """
@@ -233,9 +179,14 @@ def update(model, optimizer, step, settings):
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
     optimizer.found_inf = (~norm.isfinite()).float()                        # the fused AdamW then changes nothing
     optimizer.step()
-    model.update_teacher(ema_decay_at(step, settings))
     optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+def masks(settings, config, step, device):
+    """(batch_size, n_students, P) bool of the global batch, True = masked."""
+    return data.block_masks(settings.batch_size, config.n_students, config.grid, config.mask_ratio, config.mask_block,
+                            randomness.torch_random(device, settings.seed, 'mask', step), config.mask_adjust)
 
 
 def mask_noise(settings, config, step, places, device):
@@ -254,152 +205,78 @@ def train(settings):
     process = processes.start(settings.device, settings.threads, settings.deterministic)
     check(settings, process.world)
     config = model_config(settings)
-    resuming = logs.check_out_dir(settings.out_dir, settings.resume, settings.overwrite)
-    clips = training_clips(settings, process)
-    labelled = monitor_clips(settings)
-    mean, std = clips.statistics(settings.window)
-    mean = mean if settings.norm_mean is None else settings.norm_mean
-    std = std if settings.norm_std is None else settings.norm_std
-    join = settings.short_clips == 'join'
-    input_info = {'window': settings.window, 'mean': mean, 'std': std, 'repeat': join,
-                  'fingerprint': clips.fingerprint()}
-    autocast, settings.dtype = processes.autocast(process, settings.dtype, config.n_embd)
-    settings.device = process.device.type                                   # as it is, for the checkpoint
-    process.print(configurator.show(settings))
-    process.print(f'{len(clips):,} clips, {clips.length.sum() / SAMPLE_RATE / 3600:.2f} hours, '
-                  f'log-mel mean {mean:.3f}, std {std:.3f}; {processes.provenance(process)}')
+    with running.Run(settings, process, FREE_SETTINGS, report) as run:
+        clips = training_clips(settings, process)
+        labelled = labelled_clips(settings.eval_dataset, settings.data_dir, settings.seed, process)
+        spectrum = spectrum_of(clips, config, settings)
+        autocast = run.precision(config.n_embd)
+        process.print(configurator.show(settings))
+        process.print(f'{len(clips):,} clips, {clips.length.sum() / SAMPLE_RATE / 3600:.2f} hours, log-mel mean '
+                      f'{spectrum["mean"]:.3f}, std {spectrum["std"]:.3f}; {run.provenance}')
 
-    torch.manual_seed(settings.seed)
-    model = ASDA(config).to(process.device)
-    process.print(f'{count_parameters(model):,} trainable parameters; {config.grid[0]} x {config.grid[1]} patches, '
-                  f'{n_kept(math.prod(config.grid), config.mask_ratio)} of them kept by each '
-                  f'of {config.n_students} students')
-    optimizer = make_optimizer(model, settings, process)
-    resumed = {}
-    if resuming:
-        resumed = saving.resume(settings.out_dir, model, optimizer, dataclasses.asdict(config), input_info, settings,
-                                 FREE_SETTINGS, process)
-    first = resumed.get('step', 0)
-    choose_kernels(model, config, settings, resumed, process)
-    network = processes.distribute(model, process)
-    if settings.compile and processes.can_compile(process):
-        network.compile(mode=settings.compile_mode)
+        torch.manual_seed(settings.seed)
+        model = ASDA(config).to(process.device)
+        process.print(f'{count_parameters(model):,} trainable parameters; {config.grid[0]} x {config.grid[1]} patches, '
+                      f'{n_kept(math.prod(config.grid), config.mask_ratio)} of them kept by each of '
+                      f'{config.n_students} students')
+        optimizer = make_optimizer(model, settings, process)
+        stored = run.load(model, optimizer, spectrum, clips.fingerprint())
+        choose_kernels(model, config, settings, stored, process)
+        network = run.network(mode=settings.compile_mode)
 
-    per_process = settings.batch_size // process.world
-    places = range(process.rank * per_process, (process.rank + 1) * per_process)
-    batches = data.PretrainBatches(clips, config.frames, settings.batch_size, places, settings.seed, join)
-    loader = data.loader(batches, range(first, settings.max_steps), settings.workers, pin=process.device.type == 'cuda')
-    log = logs.Log(settings.out_dir, process, first if resuming else None)
-    log.write(start=first, settings=vars(settings), **processes.provenance(process), time=time.time())
-    stop, clock = processes.Stop(process), logs.Clock(first, settings.max_steps)
-    measures, done = {}, first
-    bad_steps = torch.tensor(float(resumed.get('bad_steps', 0)), device=process.device)
-    late = processes.Late(process)
+        per_process = settings.batch_size // process.world
+        places = range(process.rank * per_process, (process.rank + 1) * per_process)    # of the global batch
+        batches = data.PretrainBatches(clips, config.frames, settings.batch_size, places, settings.seed,
+                                       join=spectrum['repeat'])
+        evaluate = labelled and (lambda: knn(run, labelled, spectrum, autocast))
 
-    def settle(done, names, is_logged, values):
-        """What the numbers of a step say, once they are here."""
-        values = dict(zip(names, values))
-        processes.check_bad_steps(done, int(values.pop('bad_steps')), settings, batches, places, process, log)
-        if is_logged:
-            report(done, values, settings, process, log, clock)
-
-    def save():
-        if process.is_main:
-            saving.save_checkpoint(os.path.join(settings.out_dir, 'ckpt.pt'), {
-                'model': model.state_dict(), 'config': dataclasses.asdict(config), 'optimizer': optimizer.state_dict(),
-                'step': done, 'settings': vars(settings),
-                'bad_steps': float(bad_steps), 'metrics': {name: float(value) for name, value in measures.items()},
-                'input': input_info}, settings.keep)
-
-    for step, batch in zip(range(first, settings.max_steps), processes.ahead(loader, process)):
-        spec = data.log_mel(batch['pcm'], batch['lengths'], config.frames, settings.window, mean, std)
-        mask = data.block_masks(settings.batch_size, config.n_students, config.grid, config.mask_ratio,
-                                config.mask_block, randomness.torch_random(process.device, settings.seed, 'mask', step),
-                                config.mask_adjust)[places.start:places.stop]
-        noise = mask_noise(settings, config, step, places, process.device)
-
-        measures = forward_backward(network, spec, mask, noise, settings, autocast)
-        measures['grad_norm'] = update(model, optimizer, step, settings)
-        measures['bad_steps'] = bad_steps = (bad_steps + 1) * ~measures['grad_norm'].isfinite()
-        done = step + 1
-
-        last = done == settings.max_steps
-        evaluating = labelled and (last or settings.eval_interval and done % settings.eval_interval == 0)
-        is_logged, stopping = last or done % settings.log_interval == 0, stop.agreed()
-        is_saving = last or stopping or done % settings.save_interval == 0
-        values = torch.stack([value.float() for value in measures.values()])
-        if is_logged:
-            values = process.mean(values)                           # of the accumulated parts, now of the processes
-        for item, numbers in late.swap((done, list(measures), is_logged), values, wait=evaluating or is_saving):
-            settle(*item, numbers)
-        if evaluating:
-            scores = monitor(model, labelled, settings, config, process, autocast)
-            measures.update(scores)
-            process.print(f'step {done:,}: kNN accuracy on {settings.eval_dataset} (chance {scores["chance"]:.1%}): '
-                          f'CLS {scores["knn_cls"]:.1%}, patches {scores["knn_patches"]:.1%}; '
-                          f'effective rank {scores["effective_rank"]:.1f} of {config.n_embd}')
-            log.write(step=done, **scores)
-        if is_saving:
-            save()
-        if stopping and not last:
-            process.print(f'stopped after step {done:,} and saved; to go on, run the same command with --resume')
-            return
+        for step, batch in run.steps(batches):
+            spec = data.log_mel(batch['pcm'], batch['lengths'], **spectrum)
+            mask = masks(settings, config, step, process.device)[places.start:places.stop]
+            noise = mask_noise(settings, config, step, places, process.device)
+            measures = forward_backward(network, spec, mask, noise, settings, autocast)     # students against teacher
+            measures['grad_norm'] = update(model, optimizer, step, settings)                # AdamW moves the students
+            model.update_teacher(ema_decay_at(step, settings))              # and the teacher follows: their EMA
+            if run.finish(step, measures, evaluate):                        # log, monitor, save, each when it is due
+                return
     process.print(f'done: {settings.out_dir}/ckpt.pt\n{settings_next(settings)}')
 
 
-def check_targets(target_std, settings, process):
-    """Warn of a collapse, a teacher that gives every place the same target; end the run if min_target_var says so."""
-    variance = target_std ** 2
+def spectrum_of(clips, config, settings):
+    """What data.log_mel is told: the statistics are those of the clips unless the settings have others."""
+    mean, std = clips.statistics(settings.window)
+    return {'frames': config.frames, 'window': settings.window,
+            'mean': mean if settings.norm_mean is None else settings.norm_mean,
+            'std': std if settings.norm_std is None else settings.norm_std, 'repeat': settings.short_clips == 'join'}
+
+
+def report(values, run):
+    """The words of a step's line, and what the log is told beside the measures. Warns of a collapse, a teacher that
+    gives every place the same target; ends the run if min_target_var says so.
+
+    Losses and the gradient are those of the whole batch; standard deviations and the explained share are means over its
+    parts.
+    """
+    settings, step, variance = run.settings, values['step'] - 1, values['target_std'] ** 2
+    values.update(lr=lr_at(step, settings), ema=ema_decay_at(step, settings))
     if variance < settings.min_target_var:
         raise RunError(f'the variance of the targets fell to {variance:.2g}, below min_target_var = '
-                               f'{settings.min_target_var:g}: the teacher has collapsed; lower lr or raise ema_start; '
-                               f'{settings.out_dir} holds the last checkpoint')
+                       f'{settings.min_target_var:g}: the teacher has collapsed; lower lr or raise ema_start; '
+                       f'{run.what_is_saved()}')
     if variance < COLLAPSED:
-        process.print(f'warning: the variance of the targets is {variance:.2g}, the teacher is collapsing: lower lr or '
-                      'raise ema_start')
+        run.process.print(f'warning: the variance of the targets is {variance:.2g}, the teacher is collapsing: lower '
+                          'lr or raise ema_start')
+    return f'loss {values["loss"]:.3f}  explained {values["explained"]:.1%}'
 
 
-def report(done, values, settings, process, log, clock):
-    """One line to the terminal and to log.jsonl: means over the accumulated parts and processes. (Losses and the
-    gradient are those of the whole batch; standard deviations and the explained share are means over the parts.)"""
-    values = {**values, 'step': done, 'lr': lr_at(done - 1, settings), 'ema': ema_decay_at(done - 1, settings)}
-    check_targets(values['target_std'], settings, process)
-    speed, weight = clock.per_second(done, settings.batch_size), settings.alpha * settings.utterance_scale
-    process.print(f'step {done:,}/{settings.max_steps:,}  loss {values["loss"]:.3f} = frame {values["frame"]:.3f} + '
-                  f'{weight:g} x utterance {values["utterance"]:.3f}  explained {values["explained"]:.1%}  '
-                  f'std {values["target_std"]:.2f} target {values["pred_std"]:.2f} prediction  lr {values["lr"]:.1e}  '
-                  f'ema {values["ema"]:.5f}  gradient {values["grad_norm"]:.2f}  {speed:.0f} clips/s  '
-                  f'{clock.left(done)} left')
-    log.write(**values, clips_per_second=speed, seconds_left=clock.seconds_left(done), time=time.time())
-
-
-def monitor_clips(settings):
-    """(train, valid) clips of eval_dataset's training split, at most eval_clips together; None without such a set."""
-    if not settings.eval_dataset:
-        return None
-    clips = open_clips([settings.eval_dataset], settings.data_dir)
-    if clips.multi_label or not clips.classes:
-        raise ConfigError(f'eval_dataset = {settings.eval_dataset!r} needs one label per clip for its kNN '
-                                       'accuracy: leave it out')
-    chosen = randomness.random(settings.seed, 'few_labels').permutation(len(clips))[:settings.eval_clips]
-    train, valid = carve_validation(clips.select(chosen), 0.3)
-    if not len(train) or not len(valid):
-        raise ConfigError(f'eval_dataset = {settings.eval_dataset!r} has too few clips for a kNN accuracy')
-    return train, valid
-
-
-def monitor(model, labelled, settings, config, process, autocast):
-    """kNN accuracy of the student's frozen features from train to valid clips, and the rank of the features."""
-    train, valid = labelled
-    mean, std = train.statistics(settings.window)
-    spectrum = {'frames': config.frames, 'window': settings.window, 'mean': mean, 'std': std,
-                'repeat': settings.short_clips == 'join'}
-    (train_cls, train_patches), (valid_cls, valid_patches) = (
-        features(model.encoder, part, spectrum, process, autocast) for part in labelled)
-    return {'knn_cls': knn_accuracy(train_cls, train.label, valid_cls, valid.label),
-            'knn_patches': knn_accuracy(train_patches, train.label, valid_patches, valid.label),
-            'chance': float((valid.label == torch.from_numpy(valid.label).mode().values.item()).mean()),
-            'effective_rank': effective_rank(valid_cls)}
+def knn(run, labelled, spectrum, autocast):
+    """The kNN accuracy of the student's frozen features."""
+    settings, encoder = run.settings, run.model.encoder
+    scores = monitor(encoder, labelled, spectrum, run.process, autocast, settings.workers)
+    run.process.print(f'step {run.done:,}: kNN accuracy on {settings.eval_dataset} (chance {scores["chance"]:.1%}): '
+                      f'CLS {scores["knn_cls"]:.1%}, patches {scores["knn_patches"]:.1%}; '
+                      f'effective rank {scores["effective_rank"]:.1f} of {encoder.config.n_embd}')
+    run.note(scores, **scores)
 
 
 def settings_next(settings):
@@ -412,6 +289,38 @@ def settings_next(settings):
     if os.path.exists(os.path.join(ROOT, config)):
         lines.append(f'       python finetune.py {config} --ckpt={settings.out_dir}/ckpt.pt')
     return '\n'.join(lines)
+
+
+def choose_kernels(model, config, settings, stored, process):
+    """Layers that Triton computes, and how it launches them, as settings.kernels says: the choice of one process, or of
+    the checkpoint that goes on, holds for all."""
+    dtype = getattr(torch, settings.dtype)
+    clips = settings.batch_size // process.world // settings.accumulate
+    if settings.kernels == 'auto' and stored:
+        settings.kernels = stored.get('kernels', 'torch')
+    elif settings.kernels in ('auto', 'torch', 'triton'):
+        if settings.kernels != 'torch' and not triton_kernels.unusable(process.device):
+            process.print('compiling and timing the Triton kernels ...')    # a minute, unless Triton remembers them
+        try:
+            choice, reasons = triton_kernels.choose(settings.kernels if process.is_main else 'torch',
+                                                    kernel_shapes(config, clips), process.device, dtype,
+                                                    timed=not settings.deterministic)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        if len(set(reasons.values())) > 1:                                  # else no kernel was tried, for one reason
+            for name, reason in reasons.items():
+                process.print(f'{name} by {"Triton" if choice[name] == "triton" else "PyTorch"}: {reason}')
+        names = [triton_kernels.tuned_name(name) for name in choice if choice[name] == 'triton']
+        settings.kernels = ','.join(process.gather(names)[0]) or 'torch'
+    names = configurator.words(settings.kernels)
+    if names != ['torch']:
+        try:
+            names, missing = [triton_kernels.recall(name) for name in names], triton_kernels.unusable(process.device)
+        except ValueError as error:
+            missing = error
+        if missing:
+            raise ConfigError(f'kernels = {settings.kernels!r}, but {missing}: write --kernels=torch')
+    use_kernels(model, names)
 
 
 def run(argv):

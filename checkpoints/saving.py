@@ -1,5 +1,6 @@
 """Checkpoints of a run: written whole or not at all, read safely, and resumed."""
 import os
+import re
 
 import torch
 
@@ -22,12 +23,23 @@ def save_checkpoint(path, state, keep=2):
     try:
         with replacing(path, 'wb', before_rename=rotate) as f:
             torch.save({'version': CHECKPOINT_VERSION, 'commit': commit(), **state}, f)
+        for number, old in earlier(path).items():
+            if number >= keep:
+                os.remove(old)
     except (OSError, RuntimeError) as error:                            # torch.save reports a full disk as RuntimeError
         raise RunError(f'could not write the checkpoint {path} ({error}); the one before it is intact') from None
 
 
 def numbered(path, number):
     return path if number == 0 else f'{os.path.splitext(path)[0]}.{number}.pt'
+
+
+def earlier(path):
+    """{1: NAME.1.pt, 2: NAME.2.pt, ...} of those that there are, the newest first."""
+    folder, file = os.path.split(path)
+    pattern = re.compile(re.escape(os.path.splitext(file)[0]) + r'\.([1-9]\d*)\.pt')
+    found = filter(None, map(pattern.fullmatch, os.listdir(folder or '.') if os.path.isdir(folder or '.') else []))
+    return {number: numbered(path, number) for number in sorted(int(match[1]) for match in found)}
 
 
 def load_checkpoint(path, wanted=('model', 'config', 'settings')):
@@ -49,9 +61,9 @@ def load_checkpoint(path, wanted=('model', 'config', 'settings')):
 
 
 def latest_checkpoint(out_dir, process):
-    """The newest checkpoint of a run that can be read: ckpt.pt, or the one before it with a warning."""
-    problems = []
-    for path in (os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'ckpt.1.pt')):
+    """The newest checkpoint of a run that can be read: ckpt.pt, or one before it with a warning."""
+    newest, problems = os.path.join(out_dir, 'ckpt.pt'), []
+    for path in (newest, *earlier(newest).values()):
         try:
             state = load_checkpoint(path, ('model', 'config', 'settings', 'optimizer', 'step', 'input'))
             if problems:
@@ -62,13 +74,12 @@ def latest_checkpoint(out_dir, process):
     raise CheckpointError(f'no checkpoint to resume in {out_dir}: {problems[0]}')
 
 
-def resume(out_dir, model, optimizer, config, input_info, settings, free, process):
-    """Load the newest checkpoint of a run into model and optimizer, if it is of the same model and data -> its state.
+def resume(state, out_dir, model, optimizer, config, input_info, settings, free, process):
+    """Put the newest checkpoint of a run (state) into model and optimizer, if it is of the same model and data.
 
     config, input_info: dictionaries that must equal the stored ones (other_data in the settings allows other clips);
     free: names of settings that may differ without changing the numbers; any other difference is printed.
     """
-    state = latest_checkpoint(out_dir, process)
     path = os.path.join(out_dir, 'ckpt.pt')
     other = [f'{name} {state["config"].get(name)!r} -> {value!r}' for name, value in config.items()
              if state['config'].get(name) != value]
@@ -89,20 +100,27 @@ def resume(out_dir, model, optimizer, config, input_info, settings, free, proces
         if [len(group['params']) for group in groups] != [len(group['params']) for group in stored]:
             raise CheckpointError(f'{path} groups its parameters otherwise: decay_vectors and layer_decay cannot '
                                   'change in a run')
+        if not all(moment.isfinite().all() for moments in state['optimizer']['state'].values()
+                   for moment in moments.values()):
+            raise CheckpointError(f'{path}: its optimizer holds numbers that are not finite')
         optimizer.load_state_dict({'state': state['optimizer']['state'], 'param_groups': groups})  # the settings of now
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         raise CheckpointError(f'{path} is damaged: its optimizer cannot be read ({type(error).__name__})') from None
     process.print(f'going on after step {state["step"]:,}')
-    return state
 
 
 def load_weights(module, state, path):
-    """Copy a state dict into a module; names, shapes and types must all agree. Raises CheckpointError."""
+    """Copy a state dict into a module; names, shapes and types must all agree, and its numbers be finite. Raises
+    CheckpointError."""
     compare_weights(module, state, path)
     try:
         module.load_state_dict(state)
     except (RuntimeError, NotImplementedError, AttributeError, TypeError) as error:     # sparse, without data, ...
         raise CheckpointError(f'{path}: its weights cannot be copied ({str(error).splitlines()[0][:100]})') from None
+    for name, weight in module.state_dict().items():
+        if not weight.isfinite().all():
+            raise CheckpointError(f'{path}: the weight {name} holds numbers that are not finite: take an earlier '
+                                  'checkpoint')
 
 
 def compare_weights(module, state, path):

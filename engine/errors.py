@@ -12,6 +12,10 @@ class DataError(Exception):
     """Data that is missing or wrong: the message is one line that names the file and says what to do."""
 
 
+class ReadError(DataError):
+    """The same, met by one process in the middle of a run while the others go on: each that meets it says so."""
+
+
 class CheckpointError(Exception):
     """A checkpoint that is missing, damaged or of another shape: one line that names the file and says what to do."""
 

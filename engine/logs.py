@@ -1,5 +1,6 @@
 """The folder of a run and its log.jsonl; speed and time left."""
 import json
+import math
 import os
 import re
 import time
@@ -44,15 +45,30 @@ class Log:
         os.makedirs(out_dir, exist_ok=True)
         path = os.path.join(out_dir, 'log.jsonl')
         if resume_at is not None and os.path.exists(path):
-            kept = [line for line in whole_lines(path) if json.loads(line).get('step', 0) <= resume_at]
+            lines = (json.loads(line) for line in whole_lines(path))
             with replacing(path) as f:
-                f.writelines(kept)
+                f.writelines(as_line(values) for values in lines if values.get('step', 0) <= resume_at)
         self.file = open(path, 'w' if resume_at is None else 'a', encoding='utf-8')
 
     def write(self, **values):
         if self.file:
-            self.file.write(json.dumps(values) + '\n')
+            self.file.write(as_line(values))
             self.file.flush()
+
+    def close(self):
+        if self.file:
+            self.file.close()
+
+
+def as_line(values):
+    """JSON, with null for what it does not know: NaN and infinity."""
+    def known(value):
+        if isinstance(value, dict):
+            return {key: known(inner) for key, inner in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [known(inner) for inner in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(known(values), allow_nan=False) + '\n'
 
 
 def whole_lines(path):
@@ -64,6 +80,16 @@ def whole_lines(path):
                     yield line
             except ValueError:
                 pass
+
+
+def last_logged(out_dir, key, step):
+    """What a log says of this key at this step, the last time; None if it does not."""
+    path, found = os.path.join(out_dir, 'log.jsonl'), None
+    for line in whole_lines(path) if os.path.exists(path) else ():
+        values = json.loads(line)
+        if values.get('step') == step:
+            found = values.get(key, found)
+    return found
 
 
 class Clock:

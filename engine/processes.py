@@ -1,64 +1,109 @@
-"""Processes, device and precision, signals, and the one place where an error becomes a line.
+"""The one place where an error becomes a line, processes and devices, signals.
 
 This file must not know the network, audio or any stage; a stage script hands it tensors and plain values.
 """
+import atexit
 import contextlib
 import ctypes
+import functools
 import inspect
+import multiprocessing
 import os
 import platform
 import re
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from engine.errors import ROOT, CheckpointError, ConfigError, DataError, RunError
+from engine.errors import ROOT, CheckpointError, ConfigError, DataError, ReadError, RunError
 
 MIN_WIDTH = 128             # channels from which bfloat16 was seen to pay on a CPU
+TWICE = 1.0                 # seconds after which a second Ctrl-C is another one, and not passed on by a launcher
 
+
+# ------------------------------------------------------------------------------------------------ errors and the end
 
 def main(run):
     """Call run(sys.argv[1:]); a user's mistake becomes one line on stderr and exit code 2, never a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')                   # names that the terminal cannot show
     try:
         run(sys.argv[1:])
         if dist.is_initialized():
             dist.barrier()                                                  # nobody leaves while another still needs it
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)     # all is written; gloo's own tidying up at exit aborts now and then (its threads still run)
-    except (ConfigError, DataError, CheckpointError, RunError) as error:
-        if os.environ.get('LOCAL_RANK', '0') == '0':                        # once per machine
-            print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
-        sys.exit(1 if isinstance(error, RunError) else 2)
-    except RuntimeError as error:
-        if not lost_contact(error):
+        code, line = 0, ''
+    except (Exception, KeyboardInterrupt) as error:
+        code, line = exit_of(error)
+        if code is None:
             raise
-        print(f'error: process {dist.get_rank()} lost contact with another one ({str(error).splitlines()[0][:150]}); '
-              'nothing was saved since the last checkpoint: run again with --resume', file=sys.stderr, flush=True)
-        os._exit(1)                                                         # tidying up could wait for the dead process
-    except KeyboardInterrupt:
-        print('interrupted', file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:                                                 # `... | head`
+    if line:
+        print(' '.join(line.split()), file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        sys.stdout.flush()
+        end_workers()
+        os._exit(code)      # all is written; tidying up could wait for a dead process, and gloo's aborts now and then
+    if code:
+        sys.exit(code)
+
+
+def exit_of(error):
+    """Exit code and line of an error; (None, '') of one that is no user's and wants its traceback."""
+    if isinstance(error, (ConfigError, DataError, CheckpointError, RunError)):
+        code = 1 if isinstance(error, RunError) else 2
+        if isinstance(error, ReadError) and dist.is_initialized():          # this process's alone
+            return code, f'error: process {dist.get_rank()}: {error}'
+        return code, f'error: {error}' if os.environ.get('LOCAL_RANK', '0') == '0' else ''      # once per machine
+    if isinstance(error, RuntimeError) and 'DataLoader worker' in str(error):
+        return 1, f'error: a process that reads clips has died ({first_line(error)}); what was saved is intact'
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return 1, 'error: too little memory: lower batch_size, or raise accumulate; what was saved is intact'
+    if isinstance(error, RuntimeError) and lost_contact(error):
+        return 1, (f'error: process {dist.get_rank()} lost contact with another one ({first_line(error)}); nothing was '
+                   'saved since the last checkpoint, if there is one: run again with --resume')
+    if isinstance(error, KeyboardInterrupt):
+        return 130, 'interrupted'
+    if isinstance(error, BrokenPipeError):                                  # `... | head`
         sys.stderr.close()
-        sys.exit(1)
-    except OSError as error:
-        print(f'error: {error.filename or "the system"}: {error.strerror or error}', file=sys.stderr)
-        sys.exit(2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        return 1, ''
+    if isinstance(error, OSError):
+        return 2, f'error: {error.filename or "the system"}: {error.strerror or error}'
+    return None, ''
+
+
+def first_line(error):
+    return str(error).splitlines()[0][:150].strip()
 
 
 def lost_contact(error):
     """Whether an error is that of a collective whose other side has died."""
     return dist.is_initialized() and (isinstance(error, dist.DistError)
                                       or re.search('gloo|NCCL|[Cc]onnection (closed|reset|refused)', str(error)))
+
+
+def shield_worker():
+    """In a process that works for this one: Ctrl-C and SIGTERM, which reach a whole group, are the main process's to
+    handle. The worker goes on until that ends it, and dies with it, however it dies (Linux)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)                          # PR_SET_PDEATHSIG
+
+
+@atexit.register
+def end_workers():
+    """Kill what still works for this process, which ends: Python would wait for it, and it ignores SIGTERM."""
+    children = multiprocessing.active_children()
+    if children:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)                       # PyTorch's handler raises at their end
+    for child in children:
+        child.kill()
 
 
 # ------------------------------------------------------------------------------------------------ processes and devices
@@ -83,6 +128,20 @@ class Process:
             dist.all_reduce(tensor)
             tensor /= self.world
         return tensor
+
+    def once(self, function):
+        """Call function() in the main process while the others wait -> its result, or its error, on every process."""
+        result = problem = None
+        if self.is_main:
+            try:
+                result = function()
+            except (ConfigError, DataError, CheckpointError, RunError, OSError) as error:
+                problem = error
+        if self.world > 1:
+            result, problem = self.gather((result, problem))[0]
+        if problem:
+            raise problem
+        return result
 
     def gather(self, thing):
         """[thing of rank 0, thing of rank 1, ...] on every process."""
@@ -157,6 +216,18 @@ def autocast(process, dtype, width=0):
     return lambda: torch.autocast(process.device.type, torch.bfloat16), dtype
 
 
+def in_float32(*modules):
+    """Let modules of one argument compute in float32 whatever autocast says: a classifier's head, since logits of 8
+    bits rank otherwise."""
+    def outside_autocast(forward):
+        def in_float32(x):
+            with torch.autocast(x.device.type, enabled=False):
+                return forward(x.float())
+        return in_float32
+    for module in modules:
+        module.forward = outside_autocast(module.forward)
+
+
 def cpu_has_bfloat16():
     """Whether the processor multiplies bfloat16 numbers itself; elsewhere they are only slower."""
     try:
@@ -184,8 +255,10 @@ def provenance(process):
             'processes': process.world, 'threads': torch.get_num_threads(), 'commit': commit()}
 
 
+@functools.cache
 def commit():
-    """The git commit of this code, with '+' if files differ from it; '' outside a repository."""
+    """The git commit of this code, with '+' if files differ from it; '' outside a repository. Asked once, at the start:
+    what is committed during a run is not what runs."""
     try:
         git = ['git', '-C', ROOT]
         head = subprocess.run([*git, 'rev-parse', 'HEAD'], capture_output=True, text=True, timeout=10)
@@ -198,91 +271,38 @@ def commit():
         return ''
 
 
+# ------------------------------------------------------------------------------------------------------------- signals
+
 class Stop:
-    """SIGTERM and SIGINT ask the loop to end after its step; a second SIGINT ends at once."""
+    """In its `with`, SIGTERM and SIGINT ask the loop to end after its step; a second Ctrl-C ends at once."""
 
     def __init__(self, process):
-        self.process, self.requested, self.pending = process, False, None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.handle)
+        self.process, self.requested, self.pending = process, 0.0, None     # when it was asked, 0: not yet
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def handle(self, number, frame):
-        if self.requested and number == signal.SIGINT:
+        if self.requested and number == signal.SIGINT and time.monotonic() > self.requested + TWICE:
             raise KeyboardInterrupt
-        self.requested = True
+        self.requested = self.requested or time.monotonic()
 
     def agreed(self):
         """Whether to stop now: the same answer at the same step on every process, which costs one step's delay."""
         if self.process.world == 1:
-            return self.requested
-        before, flag = self.pending, torch.tensor(float(self.requested))    # on the CPU: a GPU is not made to wait
+            return bool(self.requested)
+        before, flag = self.pending, torch.tensor(float(self.requested > 0))    # on the CPU: a GPU is not made to wait
         self.pending = flag, dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True)
         if before is None:
             return False
         before[1].wait()
         return bool(before[0])
 
-
-def ahead(batches, process, stay=()):
-    """Yield dictionaries of tensors on the device, each copied there while the step before it runs; those named in stay
-    do not move."""
-    def copied(batch):
-        return {name: value if name in stay else value.to(process.device, non_blocking=True)
-                for name, value in batch.items()}
-    if process.device.type != 'cuda':
-        yield from map(copied, batches)
-        return
-    beside, waiting = torch.cuda.Stream(), []
-
-    def arrived(batch, copy):
-        here = torch.cuda.current_stream()
-        here.wait_event(copy)                                               # the device waits, not Python
-        for value in batch.values():
-            if value.is_cuda:
-                value.record_stream(here)                                   # its memory is not given away before use
-        return batch
-    for batch in batches:
-        with torch.cuda.stream(beside):
-            waiting.append((copied(batch), beside.record_event()))
-        if len(waiting) == 2:
-            yield arrived(*waiting.pop(0))
-    for pair in waiting:
-        yield arrived(*pair)
-
-
-def check_bad_steps(done, in_a_row, settings, batches, places, process, log):
-    """Say that a step was skipped, its gradient not being finite; after max_bad_steps in a row end the run, naming
-    clips of this process's places that the last of them saw."""
-    if not in_a_row:
-        return
-    process.print(f'warning: step {done} has a gradient that is not finite; skipped ({in_a_row} in a row)')
-    log.write(step=done, skipped_in_a_row=in_a_row)
-    if in_a_row >= settings.max_bad_steps:
-        shown = [batches.order.at((done - 1) * settings.batch_size + place) for place in list(places)[:8]]
-        raise RunError(f'{in_a_row} steps in a row were not finite; the last saw '
-                       f'{", ".join(batches.clips.select(shown).keys())}, ...; lower lr, or look at these clips; '
-                       f'{settings.out_dir} holds the last checkpoint')
-
-
-class Late:
-    """Numbers of a step, read a step late from a GPU, so that it never waits for Python; at once from a CPU."""
-
-    def __init__(self, process):
-        self.process, self.pending = process, []
-
-    def swap(self, item, values, wait=False):
-        """Take an item with its values (n,), a tensor on the device -> [(earlier item, its numbers)] that have arrived;
-        with wait, this one too."""
-        on_gpu = self.process.device.type == 'cuda'
-        arrived = None
-        if on_gpu:
-            values = values.to('cpu', non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
-        self.pending.append((item, values, arrived))
-        keep = 1 if on_gpu and not wait else 0
-        ready, self.pending = self.pending[:len(self.pending) - keep], self.pending[len(self.pending) - keep:]
-        for _, _, arrived in ready:
-            if arrived:
-                arrived.synchronize()
-        return [(item, values.tolist()) for item, values, _ in ready]
+    def agreed_now(self):
+        """The same without a delay, for where the processes wait for each other anyway."""
+        return any(self.process.gather(self.requested > 0))

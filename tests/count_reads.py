@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import pretrain  # noqa: E402
 from engine import processes  # noqa: E402
+from engine import run as running  # noqa: E402
 
 aten = torch.ops.aten
 READING = {aten._local_scalar_dense, aten.nonzero, aten.equal, aten.masked_select, aten._unique2, aten.unique_dim,
@@ -42,7 +43,7 @@ def counting(method):
 
 def run(argv):
     counts = []
-    processes.Late.swap = lambda *arguments, **options: counts.append(Reads.count) or []     # this one is a step late
+    running.Late.swap = lambda *arguments, **options: counts.append(Reads.count) or []     # this one is a step late
     for name in ('tolist', 'numpy', 'cpu', '__array__'):                    # these leave PyTorch without an operator
         setattr(torch.Tensor, name, counting(getattr(torch.Tensor, name)))
     with Reads():

@@ -40,6 +40,7 @@ from audio.clips import FORMAT_VERSION, open_clips
 from engine import processes, randomness
 from engine.errors import ROOT, ConfigError, RunError
 from engine.files import replacing
+from engine.run import ahead as read_ahead
 from model import ASDA, ASDAConfig, Classifier, n_kept
 from tools import authors_arrangement as authors
 
@@ -236,6 +237,7 @@ def training_step(bench):
         noise = pretrain.mask_noise(settings, config, number, range(settings.batch_size), process.device)
         pretrain.forward_backward(model, spec(), masks_of(bench, number), noise, settings, bench.autocast)
         pretrain.update(model, optimizer, number, settings)
+        model.update_teacher(pretrain.ema_decay_at(number, settings))
     return step
 
 
@@ -376,7 +378,7 @@ def measure_finetune_data(bench):
         loader = data.loader(batches, range(bench.settings.warmup + bench.settings.steps), bench.settings.workers,
                              pin=process.device.type == 'cuda')
         times = [time.perf_counter()]
-        for latest['batch'] in processes.ahead(loader, process, stay=('noise_seed',)):
+        for latest['batch'] in read_ahead(loader, process):
             spectrograms()
             step()
             synchronise(process)

@@ -1,0 +1,56 @@
+"""Batches read ahead in processes of their own, which end with what they work for."""
+import os
+
+import torch
+
+from engine.errors import DataError, ReadError, RunError
+from engine.processes import shield_worker
+
+
+class Readable(torch.utils.data.Dataset):
+    """A batch dataset whose failure to be read is an item, so that it leaves a worker as it is, in one line."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __getitem__(self, k):
+        try:
+            return self.batches[k]
+        except DataError as error:
+            return ReadError(f'{error}')
+        except OSError as error:
+            folders = sorted({os.path.dirname(shard) for shard in self.batches.clips.shards})
+            return ReadError(f'{error.filename or ", ".join(folders)}: a batch could not be read '
+                             f'({error.strerror or error}); what was saved is intact')
+
+
+def loader(batches, items, workers=0, pin=False):
+    """Yield these items (a range) of a batch dataset, read ahead of time in worker processes if there are any.
+
+    The workers are gone when it ends, however it ends. Raises ReadError for what cannot be read, RunError for a worker
+    that was killed.
+    """
+    reading = iter(torch.utils.data.DataLoader(
+        Readable(batches), batch_size=None, sampler=items, num_workers=workers, pin_memory=pin,
+        prefetch_factor=4 if workers else None, worker_init_fn=quiet_worker if workers else None))
+    started = getattr(reading, '_workers', [])
+    try:
+        for batch in reading:
+            if isinstance(batch, ReadError):
+                raise batch
+            yield batch
+    except (OSError, EOFError) as error:                                    # what it had sent cannot be fetched
+        if all(worker.is_alive() for worker in started):
+            raise
+        raise RunError(f'a process that reads clips has died ({error}); what was saved is intact') from None
+    finally:
+        if started:
+            reading._shutdown_workers()                                     # waits 5 s for each
+        for worker in started:
+            worker.kill()
+
+
+def quiet_worker(worker):
+    """A worker does not answer signals that are the main process's, nor may it use its siblings' cores."""
+    shield_worker()
+    torch.set_num_threads(1)

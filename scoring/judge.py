@@ -1,0 +1,59 @@
+"""The checkpoint that the validation part chooses, and what the test split says of it and of the last one."""
+import math
+import os
+
+import numpy as np
+
+from checkpoints import saving
+from engine import processes
+from scoring.metrics import describe, metrics
+from scoring.probes import predict
+
+
+class Judge:
+    """Of a fine-tuning run (engine.run.Run) and its validation and test clips, either labelled."""
+
+    def __init__(self, run, spectrum, valid, test):
+        self.run, self.spectrum, self.valid, self.test_clips = run, spectrum, valid, test
+
+    def score(self, clips, title):
+        """Metrics of the model as it is, in the precision that eval.py takes by itself: both say the same."""
+        process = self.run.process
+        autocast, _ = processes.autocast(process, 'auto')
+        logits = predict(self.run.model, clips, self.spectrum, process, autocast, workers=self.run.settings.workers,
+                         title=title)
+        return metrics(logits, clips.targets(np.arange(len(clips))), clips.multi_label)[0]
+
+    def choose(self):
+        """Log a validation, and write best.pt if none before was better: of equals the later has seen more."""
+        run, scores = self.run, self.score(self.valid, 'validation')
+        run.process.print(f'step {run.done:,}: validation {describe(scores)}')
+        run.note(scores, valid=scores)
+        if main_score(scores) >= run.kept['best']:
+            run.kept['best'] = main_score(scores)
+            run.save('best.pt', keep=1)
+
+    def test(self):
+        """{'last': scores, 'best': scores} on the test split, by the checkpoints of these names; of a finished run that
+        is resumed, those that its log has."""
+        run, process = self.run, self.run.process
+        paths = {'last': os.path.join(run.settings.out_dir, 'ckpt.pt')}
+        if len(self.valid):
+            paths['best'] = os.path.join(run.settings.out_dir, 'best.pt')
+        results = run.logged('test')
+        if not results or results.keys() != paths.keys():
+            results = {'last': self.score(self.test_clips, 'test')}
+            if 'best' in paths:
+                process.gather(None)                                        # it is whole before the others read it
+                saving.load_weights(run.model, saving.load_checkpoint(paths['best'])['model'], paths['best'])
+                results['best'] = self.score(self.test_clips, 'test')
+            run.note({}, test=results)
+        for name, scores in results.items():
+            process.print(f'test, {name} checkpoint ({paths[name]}): {describe(scores)}')
+        return results
+
+
+def main_score(scores):
+    """The number that chooses; of none, NaN, the lowest."""
+    score = scores['mAP'] if 'mAP' in scores else scores['accuracy']
+    return score if score == score else -math.inf
