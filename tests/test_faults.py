@@ -4,6 +4,7 @@ The same tests run a few times by default and many times when slow ones are aske
 """
 
 import json
+import multiprocessing
 import os
 import re
 import resource
@@ -12,16 +13,23 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import zipfile
 
 import numpy as np
 import pytest
 import torch
 
+import eval as evaluation
+import finetune
 import pretrain
-from audio.clips import open_clips, task_splits
+from audio.clips import Clips, open_clips, task_splits
 from checkpoints.opening import open_checkpoint
-from engine.errors import CheckpointError, DataError
+from engine import processes
+from engine.errors import CheckpointError, ConfigError, DataError, RunError
+from engine.files import locked
+from engine.run import Run
+from scoring import judge
 
 from .conftest import ROOT, call, is_one_line_error, script
 from .test_finetune import RUN as FINETUNE
@@ -168,8 +176,9 @@ def test_signals_finish_the_step_save_and_say_how_to_go_on(stage, number, pretra
     assert weights_of(tmp_path / 'out')['step'] == log_of(tmp_path / 'out')[-1]['step'] >= 3
 
 
-def test_sigterm_to_the_whole_group_saves_although_there_are_workers(data_dir, tmp_path):
-    """As torchrun and batch systems send it: to the workers too."""
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_group_saves_although_there_are_workers(number, data_dir, tmp_path):
+    """As terminals and batch systems send it: to the workers too."""
     command = [sys.executable, 'pretrain.py', *RUN, '--max_steps=100000', '--save_interval=100000', '--workers=2',
                f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out']
     running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -177,7 +186,7 @@ def test_sigterm_to_the_whole_group_saves_although_there_are_workers(data_dir, t
     for line in running.stdout:
         if line.startswith('step 3/'):
             break
-    os.killpg(running.pid, signal.SIGTERM)
+    os.killpg(running.pid, number)
     rest, errors = running.communicate(timeout=60)
     assert running.returncode == 0 and 'saved; to go on' in rest, errors
     assert weights_of(tmp_path / 'out')['step'] >= 3
@@ -208,6 +217,195 @@ def test_one_process_dying_stops_the_others_without_a_save(data_dir, tmp_path):
     assert running.returncode != 0 and time.time() - began < 60
     assert 'process 0 lost contact with another one' in errors, errors
     assert not os.path.exists(tmp_path / 'out' / 'ckpt.pt')
+
+
+# ----------------------------------------------------------------------------------------------------- who reads clips
+
+
+def failing(monkeypatch, how, after):
+    """Let every process's reading of clips fail once it has read so many: the disk's error, or the end by a signal."""
+    plain, reads = Clips.read, []
+
+    def read(clips, *arguments, **options):
+        reads.append(1)
+        if len(reads) > after and how == 'killed':
+            os.kill(os.getpid(), signal.SIGKILL)
+        if len(reads) > after:
+            raise OSError(5, 'Input/output error', *(['a/shard.pcm'] if how == 'named' else []))
+        return plain(clips, *arguments, **options)
+    monkeypatch.setattr(Clips, 'read', read)
+
+
+@pytest.mark.parametrize('how, code, words', [('named', 2, 'a/shard.pcm: '), ('unnamed', 2, '{data}/noises: '),
+                                              ('killed', 1, 'a process that reads clips has died')])
+@pytest.mark.parametrize('stage', ['pretrain', 'finetune', 'eval'])
+def test_a_reader_that_fails_ends_all(stage, how, code, words, pretrained, data_dir, tmp_path,  # noqa: F811
+                                      monkeypatch):
+    """One line with the file, within seconds, no process left, the last checkpoint as it was."""
+    out = str(tmp_path / 'out')
+    more = [f'--data_dir={data_dir}', '--workers=2']
+    if stage == 'eval':
+        run, argv = evaluation.run, [f'--ckpt={pretrained}', '--dataset=noises', '--device=cpu', *more]
+        failing(monkeypatch, how, 1)
+    else:
+        run, argv = (pretrain.run, RUN) if stage == 'pretrain' else (finetune.run, [*FINETUNE, f'--ckpt={pretrained}'])
+        argv = [*argv, *more, f'--out_dir={out}']
+        assert call(run, *argv, '--max_steps=3').code == 0
+        before = weights_of(out)
+        argv = [*argv, '--max_steps=10000', '--save_interval=10000', '--eval_interval=10000', '--resume']
+        failing(monkeypatch, how, 8 * 5)
+    began = time.time()
+    result = call(run, *argv)
+    assert time.time() - began < 20 and not multiprocessing.active_children()
+    lines = [line for line in result.err.replace('\r', '\n').splitlines() if line.startswith('error: ')]
+    assert result.code == code and len(lines) == 1 and 'Traceback' not in result.err
+    assert words.format(data=data_dir) in lines[0] and 'what was saved is intact' in lines[0]
+    if stage != 'eval':
+        assert same_state(weights_of(out), before) and not os.path.exists(os.path.join(out, '.lock'))
+
+
+FAILS_IN_ONE = '''
+import os, sys
+import pretrain
+from audio.clips import Clips
+from engine import processes
+plain, reads = Clips.read, []
+def read(clips, *arguments, **options):
+    reads.append(1)
+    if len(reads) > 40 and os.environ['RANK'] == '1':
+        raise OSError(5, 'Input/output error', 'a/shard.pcm')
+    return plain(clips, *arguments, **options)
+Clips.read = read
+processes.main(pretrain.run)
+'''
+
+
+def processes_of(word):
+    """Command lines that hold this word, of the processes of now."""
+    return subprocess.run(['pgrep', '-fa', word], capture_output=True, text=True).stdout.splitlines()
+
+
+def test_a_reader_of_one_of_several_processes_that_fails_ends_all(data_dir, tmp_path):
+    (tmp_path / 'failing.py').write_text(FAILS_IN_ONE)
+    out = str(tmp_path / 'out')
+    result = script(*torchrun(tmp_path / 'failing.py', *RUN, f'--data_dir={data_dir}', f'--out_dir={out}',
+                              '--workers=1', '--max_steps=10000', '--save_interval=1'), PYTHONPATH=ROOT)
+    lines = [line for line in result.stderr.splitlines() if line.startswith('error: ')]
+    assert result.returncode != 0 and lines[0].startswith('error: process 1: a/shard.pcm: a batch could not be read')
+    assert len(lines) == 1 or len(lines) == 2 and 'process 0 lost contact' in lines[1]
+    assert 'failing.py", line' not in result.stderr and not processes_of(out)
+    assert weights_of(out)['step'] >= 1
+
+
+def children_of(pid):
+    return list(map(int, subprocess.run(['pgrep', '-P', str(pid)], capture_output=True, text=True).stdout.split()))
+
+
+def test_readers_die_with_the_process_that_they_work_for(data_dir, tmp_path):
+    running = start('pretrain.py', *RUN, '--max_steps=100000', '--workers=2', f'--data_dir={data_dir}',
+                    f'--out_dir={tmp_path}/out')
+    for line in running.stdout:
+        if line.startswith('step 3/'):
+            break
+    readers = children_of(running.pid)
+    assert len(readers) == 2
+    running.kill()
+    running.communicate()
+    deadline = time.time() + 4                                              # PyTorch's own look is every five seconds
+    while any(os.path.exists(f'/proc/{pid}') for pid in readers) and time.time() < deadline:
+        time.sleep(0.05)
+    assert not any(os.path.exists(f'/proc/{pid}') for pid in readers)
+
+
+# ------------------------------------------------------------------------------------------------ signals, once more
+
+
+def test_signals_are_answered_as_before_when_a_run_has_returned(data_dir, tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    assert call(pretrain.run, *RUN, '--max_steps=3', f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out').code == 0
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    result = call(pretrain.run, *RUN, '--resume', '--n_embd=64', f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out')
+    assert is_one_line_error(result, 'n_embd 32 -> 64')
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_a_second_interrupt_ends_at_once_unless_it_is_the_same_one(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(processes.time, 'monotonic', lambda: now[0])
+    with processes.Stop(processes.Process(0, 1, torch.device('cpu'))) as stop:
+        assert not stop.agreed()
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):      # a launcher passes on what a terminal sent
+            os.kill(os.getpid(), number)
+        assert stop.agreed()
+        now[0] += 2
+        os.kill(os.getpid(), signal.SIGTERM)                                # asks again for what is under way
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+
+
+def test_ctrl_c_reaches_every_process_of_a_launcher(data_dir, tmp_path):
+    """As a terminal sends it, to the whole group; torchrun itself then ends with 1, as it does at any signal."""
+    command = [sys.executable, *torchrun('pretrain.py', *RUN, '--max_steps=100000', '--save_interval=100000',
+                                         '--workers=1', f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out')]
+    running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    for line in running.stdout:
+        if line.startswith('step 3/'):
+            break
+    os.killpg(running.pid, signal.SIGINT)
+    rest, errors = running.communicate(timeout=60)
+    assert 'saved; to go on, run the same command with --resume' in rest and 'interrupted' not in errors
+    assert weights_of(tmp_path / 'out')['step'] == log_of(tmp_path / 'out')[-1]['step'] >= 3
+    assert not processes_of(str(tmp_path / 'out'))
+
+
+def test_a_signal_during_a_folds_test_ends_the_folds(data_dir, pretrained, tmp_path, monkeypatch):  # noqa: F811
+    shutil.copytree(os.path.join(data_dir, 'noises'), tmp_path / 'folded')
+    meta = json.loads((tmp_path / 'folded' / 'meta.json').read_text())
+    (tmp_path / 'folded' / 'meta.json').write_text(json.dumps({**meta, 'folds': ['x', 'y']}))
+    for split in ('train', 'test'):
+        path = tmp_path / 'folded' / f'{split}-00000.npz'
+        with np.load(path) as stored:
+            arrays = {**stored, 'folds': (np.arange(len(stored['folds'])) // 2 % 2).astype(np.int16)}
+        np.savez(path, **arrays)
+    test, folds = judge.Judge.test, []
+
+    def signalled(self):
+        folds.append(self.run.settings.fold)
+        if len(folds) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return test(self)
+    monkeypatch.setattr(judge.Judge, 'test', signalled)
+    base = [*FINETUNE, '--dataset=folded', '--fold=all', '--max_steps=3', f'--ckpt={pretrained}',
+            f'--data_dir={tmp_path}', f'--out_dir={tmp_path}/out']
+    result = call(finetune.run, *base)
+    assert result.code == 0 and 'stopped before fold y; to go on' in result.out and folds == ['x'], result.err
+    assert not os.path.exists(tmp_path / 'out' / 'fold-y')
+    result = call(finetune.run, *base, '--resume')
+    assert result.code == 0 and 'last checkpoints: fold x' in result.out and folds == ['x', 'x', 'y'], result.err
+    assert ['test' in line for line in log_of(tmp_path / 'out' / 'fold-x')].count(True) == 1
+
+
+# --------------------------------------------------------------------------------------------------- one run a folder
+
+
+def test_a_folder_in_use_is_refused_until_its_process_is_gone(data_dir, tmp_path):
+    holder = start('-c', 'import sys, time; from engine.files import locked\n'
+                         'with locked(sys.argv[1]): print("held", flush=True); time.sleep(60)', f'{tmp_path}/out')
+    assert holder.stdout.readline() == 'held\n'
+    base = [*RUN, '--max_steps=3', f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out']
+    assert is_one_line_error(call(pretrain.run, *base), f'{tmp_path}/out is in use', '--out_dir')
+    assert os.listdir(tmp_path / 'out') == ['.lock']
+    holder.kill()                                                           # the file stays, the lock does not
+    holder.communicate()
+    assert os.listdir(tmp_path / 'out') == ['.lock'] and call(pretrain.run, *base).code == 0
+    assert sorted(os.listdir(tmp_path / 'out')) == ['ckpt.pt', 'log.jsonl']
+    with locked(f'{tmp_path}/out'):
+        assert is_one_line_error(call(pretrain.run, *base, '--overwrite'), 'is in use')
+    with pytest.raises(ConfigError, match='in use'), locked(f'{tmp_path}/new'), locked(f'{tmp_path}/new'):
+        pass
+    assert not os.path.exists(tmp_path / 'new')
 
 
 # ------------------------------------------------------------------------------------------- disk, numbers, data
@@ -252,10 +450,10 @@ def test_a_streak_of_bad_steps_is_counted_across_a_stop(data_dir, tmp_path, monk
     assert call(pretrain.run, *base, '--max_steps=4').code == 0
     result = call(pretrain.run, *base, '--resume')
     assert result.code == 1 and '5 steps in a row' in result.err
+    assert f'{tmp_path}/out holds the last checkpoint' in result.err
 
 
 def test_a_bad_step_of_finetuning_is_skipped_counted_and_its_clips_named(data_dir, tmp_path, monkeypatch):
-    import finetune
     original = finetune.forward_backward
 
     def nan(network, batch, *rest):
@@ -280,6 +478,75 @@ def test_collapse_is_warned_of_and_stops_the_run_if_asked(data_dir, tmp_path, mo
     assert warned.code == 0 and 'the teacher is collapsing' in warned.out
     stopped = call(pretrain.run, *base, f'--out_dir={tmp_path}/b', '--min_target_var=0.02')
     assert stopped.code == 1 and 'below min_target_var = 0.02' in stopped.err
+    assert f'{tmp_path}/b holds no checkpoint' in stopped.err
+
+
+def test_the_clips_that_are_named_are_those_of_the_process_that_had_them():
+    """Three processes of which the second alone had a loss that is not finite; then none had: only the gradient."""
+    found = [[False, ['a1', 'a2']], [True, ['b1', 'b2']], [False, ['c1', 'c2']]]
+    run = Run(types.SimpleNamespace(max_bad_steps=2, batch_size=2, out_dir='x'), types.SimpleNamespace(
+        print=print, gather=lambda own: [tuple(part) for part in found]), (), None)
+    run.log = types.SimpleNamespace(write=lambda **_: None)
+    run.is_saved, run.batches = False, types.SimpleNamespace(
+        places=[0, 1], order=types.SimpleNamespace(at=lambda place: place),
+        clips=types.SimpleNamespace(select=lambda seen: types.SimpleNamespace(keys=lambda: ['own'] * len(seen))))
+    run.skipped(7, 1, own_loss_is_bad=False)
+    with pytest.raises(RunError, match='the last saw b1, b2, ...;.*x holds no checkpoint'):
+        run.skipped(8, 2, own_loss_is_bad=False)
+    found[1][0] = False
+    with pytest.raises(RunError, match='the last saw a1, b1, c1, a2, b2, c2, ...;'):
+        run.skipped(8, 2, own_loss_is_bad=False)
+
+
+def test_a_log_is_json_whatever_the_numbers(data_dir, tmp_path, monkeypatch):
+    """NaN and infinity are null; lines of earlier code that had NaN are mended when the run goes on."""
+    original = pretrain.forward_backward
+    monkeypatch.setattr(pretrain, 'forward_backward',
+                        lambda network, spec, *rest: original(network, spec * float('nan'), *rest))
+    base = [*RUN, f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out']
+    assert call(pretrain.run, *base, '--max_steps=3').code == 0
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    def lines():
+        with open(tmp_path / 'out' / 'log.jsonl') as f:
+            return [json.loads(line, parse_constant=refuse) for line in f]
+    assert [line['loss'] for line in lines() if 'loss' in line] == [None] * 3
+    with open(tmp_path / 'out' / 'log.jsonl', 'a') as f:
+        f.write('{"step": 3, "loss": NaN, "scores": [{"a": -Infinity}, 1.5]}\n')
+    assert call(pretrain.run, *base, '--max_steps=4', '--resume').code == 0
+    assert {'step': 3, 'loss': None, 'scores': [{'a': None}, 1.5]} in lines()
+
+
+def test_weights_that_are_not_finite_are_refused(data_dir, pretrained, tmp_path):  # noqa: F811
+    base = [*RUN, f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out']
+    assert call(pretrain.run, *base, '--max_steps=3').code == 0
+    state, path, name = weights_of(tmp_path / 'out'), tmp_path / 'out' / 'ckpt.pt', 'encoder.blocks.0.mlp.0.weight'
+    state['model'][name][3, 4] = float('nan')
+    torch.save(state, path)
+    assert is_one_line_error(call(pretrain.run, *base, '--resume'), str(path), name, 'not finite')
+    tuning = [*FINETUNE, f'--data_dir={data_dir}', f'--out_dir={tmp_path}/tuned']
+    assert is_one_line_error(call(finetune.run, *tuning, f'--ckpt={path}'), str(path), name, 'not finite')
+    assert not os.path.exists(tmp_path / 'tuned')
+    state['model'][name][3, 4] = 0.0
+    state['optimizer']['state'][2]['exp_avg'].view(-1)[0] = float('inf')
+    torch.save(state, path)
+    assert is_one_line_error(call(pretrain.run, *base, '--resume'), str(path), 'optimizer', 'not finite')
+
+
+@pytest.mark.parametrize('encoding', ['ascii', 'latin-1', 'utf-8'])
+def test_names_that_the_terminal_cannot_show(encoding, data_dir, tmp_path):
+    name = '犬\udcff'                                                        # no latin, and no UTF-8
+    shutil.copytree(os.path.join(data_dir, 'noises'), tmp_path / 'data' / name)
+    result = script('pretrain.py', *RUN, '--max_steps=3', f'--data_dir={tmp_path}/data', f'--dataset={name}',
+                    f'--eval_dataset={name}', f'--out_dir={tmp_path}/{name}', PYTHONIOENCODING=encoding)
+    shown = name.encode(encoding, 'backslashreplace').decode(encoding) if encoding == 'utf-8' else r'\u72ac\udcff'
+    assert result.returncode == 0 and f'done: {tmp_path}/{shown}/ckpt.pt' in result.stdout, result.stderr
+    assert f'kNN accuracy on {shown} ' in result.stdout and 'Traceback' not in result.stderr
+    again = script('pretrain.py', *RUN, f'--data_dir={tmp_path}/data', f'--dataset={name}',
+                   f'--out_dir={tmp_path}/{name}', PYTHONIOENCODING=encoding)
+    assert again.returncode == 2 and again.stderr.startswith(f'error: {tmp_path}/{shown} holds a run')
 
 
 def test_a_changed_data_set_is_refused_unless_told(data_dir, tmp_path):

@@ -4,18 +4,23 @@ import json
 import math
 import os
 import shutil
+import types
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+import eval as evaluation
 import finetune
 import pretrain
 from checkpoints import saving
 from configurator import configure
 from engine import processes
+from engine.errors import ConfigError
 from model import ASDAConfig, Classifier
+from scoring import judge
+from scoring.metrics import describe, metrics
 
 from .conftest import ROOT, TINY, call, is_one_line_error, script
 from .test_pretrain import log_of, same_state, weights_of
@@ -76,6 +81,27 @@ def test_losses_are_the_stated_reductions():
     s = settings('--batch_size=6', '--loss=bce')
     bce = F.binary_cross_entropy_with_logits(logits, single, reduction='sum')
     assert finetune.classification_loss(logits, single, None, s, False) == pytest.approx(float(bce / 6), rel=1e-5)
+
+
+def test_a_batch_without_labels_has_a_finite_loss():
+    """AudioSet's loss over the sum of the labels; over the clips where there are none."""
+    logits, none = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)), torch.zeros(6, 5)
+    loss = finetune.classification_loss(logits, none, none.sum(), settings('--batch_size=6'), True)
+    assert loss.item() == pytest.approx(float(F.softplus(logits).sum() / 6), rel=1e-5)
+
+
+@pytest.mark.parametrize('argv, changes, words', [
+    (['--loss=cross_entropy'], {'multi_label': True}, ['cross_entropy', 'several', '--loss=bce']),
+    (['--label_smoothing=0.1'], {'multi_label': True}, ['label_smoothing = 0.1', 'bce']),
+    (['--label_smoothing=0.1', '--loss=bce'], {}, ['label_smoothing = 0.1', 'bce']),
+    ([], {'classes': ['dog']}, ['one class, dog'])])
+def test_a_loss_and_labels_that_do_not_go_together(argv, changes, words):
+    clips = types.SimpleNamespace(**{'multi_label': False, 'classes': ['dog', 'cat'], **changes})
+    with pytest.raises(ConfigError) as error:
+        finetune.check_labels(settings('--dataset=mine', *argv), clips)
+    assert all(word in str(error.value) for word in words)
+    clips = types.SimpleNamespace(multi_label=False, classes=['dog', 'cat'])
+    finetune.check_labels(settings('--label_smoothing=0.1'), clips)
 
 
 def test_a_run_from_our_checkpoint(straight, pretrained):
@@ -149,6 +175,56 @@ def test_accumulated_and_distributed_runs_equal_one_process(straight, pretrained
         assert got == [line for line in log_of(straight) if 'test' in line][0]['test']
 
 
+def test_a_finished_run_that_is_resumed_computes_nothing_and_needs_no_pretrained_file(straight, data_dir, tmp_path,
+                                                                                        monkeypatch):
+    """The test split is not scored again, the log gets no second result, the checkpoint's metrics stay."""
+    out = str(tmp_path / 'again')
+    shutil.copytree(straight, out)
+    before, metrics = log_of(out), weights_of(out)['metrics']
+    assert metrics['accuracy'] == [line for line in before if 'valid' in line][-1]['valid']['accuracy']
+    with monkeypatch.context() as patch:
+        patch.setattr(judge, 'predict', None)
+        result = call(finetune.run, *RUN, '--ckpt=/gone.pt', f'--data_dir={data_dir}', f'--out_dir={out}', '--resume')
+    assert result.code == 0 and log_of(out) == before, result.err
+    scores = before[-1]['test']
+    for name, file in (('last', 'ckpt.pt'), ('best', 'best.pt')):
+        assert f'test, {name} checkpoint ({out}/{file}): {describe(scores[name])}' in result.out
+    more = call(finetune.run, *RUN, f'--data_dir={data_dir}', f'--out_dir={out}', '--resume', '--max_steps=8',
+                '--eval_interval=100', '--save_interval=7', '--keep=9')
+    assert more.code == 0 and [line['step'] for line in log_of(out) if 'test' in line] == [6, 8], more.err
+    assert saving.load_checkpoint(os.path.join(out, 'ckpt.1.pt'))['metrics']['accuracy'] == metrics['accuracy']
+    assert is_one_line_error(call(finetune.run, *RUN, f'--data_dir={data_dir}', f'--out_dir={out}', '--resume',
+                                  '--n_embd=64'), 'n_embd 32 -> 64')
+
+
+@pytest.mark.parametrize('multi_label', [False, True])
+def test_the_last_line_is_what_eval_says_of_the_same_file(multi_label, pretrained, data_dir, tmp_path, monkeypatch):
+    """Trained in bfloat16: the head and what chooses and judges are in float32, logits of 8 bits rank otherwise."""
+    if multi_label:
+        shutil.copytree(os.path.join(data_dir, 'noises'), tmp_path / 'noises')
+        as_multi_label(tmp_path / 'noises')
+        data_dir = str(tmp_path)
+    seen = {judge: [], evaluation: []}
+    for module, logits in seen.items():
+        monkeypatch.setattr(module, 'metrics', lambda x, *rest, logits=logits: logits.append(x) or metrics(x, *rest))
+    result = call(finetune.run, *RUN, '--dtype=bfloat16', f'--ckpt={pretrained}', f'--data_dir={data_dir}',
+                  f'--out_dir={tmp_path}/out')
+    assert result.code == 0, result.err
+    said = result.out.splitlines()[-1].split(': ')[1]
+    result = call(evaluation.run, f'--ckpt={tmp_path}/out/best.pt', '--device=cpu', f'--data_dir={data_dir}')
+    assert result.code == 0 and said in result.out, (said, result.out, result.err)
+    ours, theirs = seen[judge][-1], seen[evaluation][0]
+    np.testing.assert_array_equal(ours, theirs)
+    assert (ours != torch.from_numpy(ours).bfloat16().float().numpy()).all()        # more than 8 bits
+    model, _, _ = finetune.initial_model(settings(f'--ckpt={pretrained}'), 3)
+    spec = torch.randn(2, 64, 128)
+    with torch.autocast('cpu', torch.bfloat16):
+        pooled, logits = model.encoder(spec)[:, 0], model(spec)
+    plain = F.layer_norm(pooled.float(), (32,), eps=1e-6) @ model.head.weight.T     # as it begins
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, plain, atol=1e-6, rtol=1e-5)
+
+
 def test_all_folds_report_each_mean_and_spread(data_dir, pretrained, tmp_path):
     shutil.copytree(os.path.join(data_dir, 'noises'), tmp_path / 'folded')
     with open(tmp_path / 'folded' / 'meta.json') as f:
@@ -171,19 +247,22 @@ def test_all_folds_report_each_mean_and_spread(data_dir, pretrained, tmp_path):
             in result.out.splitlines()[-1])
 
 
-def test_multi_label_sets_use_bce_and_map(data_dir, pretrained, tmp_path):
-    shutil.copytree(os.path.join(data_dir, 'noises'), tmp_path / 'many')
-    with open(tmp_path / 'many' / 'meta.json') as f:
-        meta = json.load(f)
-    with open(tmp_path / 'many' / 'meta.json', 'w') as f:
-        json.dump({**meta, 'multi_label': True, 'classes': ['high', 'low', 'any']}, f)
+def as_multi_label(folder):
+    """A prepared set of two classes with a third that some clips have beside their own."""
+    meta = json.loads((folder / 'meta.json').read_text())
+    (folder / 'meta.json').write_text(json.dumps({**meta, 'multi_label': True, 'classes': ['high', 'low', 'any']}))
     for split in ('train', 'test'):
-        path = tmp_path / 'many' / f'{split}-00000.npz'
+        path = folder / f'{split}-00000.npz'
         with np.load(path) as stored:
             bits = np.stack([stored['labels'] == 0, stored['labels'] == 1, np.arange(len(stored['labels'])) % 3 == 0],
                             axis=1)
             arrays = {**stored, 'labels': np.packbits(bits, axis=1)}
         np.savez(path, **arrays)
+
+
+def test_multi_label_sets_use_bce_and_map(data_dir, pretrained, tmp_path):
+    shutil.copytree(os.path.join(data_dir, 'noises'), tmp_path / 'many')
+    as_multi_label(tmp_path / 'many')
     result = call(finetune.run, *RUN, '--dataset=many', f'--ckpt={pretrained}', f'--data_dir={tmp_path}',
                   f'--out_dir={tmp_path}/out')
     assert result.code == 0 and 'mAP' in result.out, result.err
@@ -200,6 +279,7 @@ def test_multi_label_sets_use_bce_and_map(data_dir, pretrained, tmp_path):
     (['--ckpt={ckpt}', '--labels_per_class=99'], ['labels_per_class = 99']),
     (['--ckpt={ckpt}', '--loss=mse'], ['mse']), (['--ckpt={ckpt}', '--drop_path=1'], ['drop_path']),
     (['--ckpt={ckpt}', '--validation_part=0.001'], ['validation']),
+    (['--ckpt={ckpt}', '--min_lr=0.1'], ['min_lr = 0.1', 'lr = 0.01']),
     (['--ckpt={ckpt}', '--input_mask=2'], ['input_mask'])])
 def test_refusals_at_the_start(data_dir, pretrained, tmp_path, monkeypatch, argv, words):
     monkeypatch.chdir(ROOT)

@@ -3,22 +3,27 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import types
 
+import numpy as np
 import pytest
 import torch
 
+import data
 import kernels
 import pretrain
 from checkpoints import saving
 from configurator import configure
 from engine import processes
 from engine.errors import RunError
+from scoring import monitor
 from tools import bench
 
 from .conftest import ROOT, TINY, call, is_one_line_error, script
@@ -114,6 +119,8 @@ def test_accumulated_and_distributed_runs_equal_one_process(straight, data_dir, 
     for out in (accumulated, distributed):
         got = log_of(out)
         assert len(got) == len(want)
+        stored = weights_of(out)['metrics']                                 # of all processes, as the log has them
+        assert [stored[key] for key in ('loss', 'explained')] == [got[-1][key] for key in ('loss', 'explained')]
         for ours, theirs in zip(got, want):
             for key in ('loss', 'frame', 'utterance', 'grad_norm'):
                 assert ours[key] == pytest.approx(theirs[key], rel=1e-5), (out, ours['step'], key)
@@ -240,7 +247,7 @@ def test_a_loss_that_stays_nan_stops_the_run_and_names_the_clips(data_dir, tmp_p
     result = call(pretrain.run, *RUN, '--lr=1e30', '--warmup_steps=1', '--grad_clip=0', '--max_bad_steps=2',
                   '--max_steps=30', f'--data_dir={data_dir}', f'--out_dir={tmp_path}/nan')
     assert (result.code == 1 and '2 steps in a row' in result.err and '.wav' in result.err
-            and 'Traceback' not in result.err)
+            and f'{tmp_path}/nan holds no checkpoint' in result.err and 'Traceback' not in result.err)
     assert result.out.count('has a gradient that is not finite; skipped') == 2
 
 
@@ -284,8 +291,7 @@ def test_noise_belongs_to_a_place_in_the_batch(dtype):
     (['--ffn_ratio=-1'], ['ffn_ratio']), (['--beta1=1.5'], ['beta1']), (['--norm_std=abc'], ['norm_std']),
     (['--norm_std=0'], ['norm_std']), (['--mask_ratio=0'], ['mask_ratio']), (['--grad_clip=-1'], ['grad_clip']),
     (['--lr=-1'], ['lr']), (['--drop_path=0.5'], ['drop_path']), (['--workers=-1'], ['workers']),
-    (['--dataset=noises,noises'], ['each once']), (['--eval_dataset=absent'], ['absent']),
-    (['--eval_dataset=noises', '--eval_clips=1'], ['eval_clips'])])
+    (['--dataset=noises,noises'], ['each once']), (['--eval_dataset=absent'], ['absent'])])
 def test_refusals_at_the_start(data_dir, tmp_path, argv, words):
     result = call(pretrain.run, *RUN, f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out', *argv)
     assert is_one_line_error(result, *words)
@@ -370,6 +376,95 @@ def test_monitor_and_next_step(data_dir, tmp_path):
     assert ([line['step'] for line in scores] == [3, 6]
             and all(0 <= line['knn_cls'] <= 1 and line['effective_rank'] > 1 for line in scores))
     assert 'time left' not in result.out and 'left' in result.out and 'next:  python eval.py --ckpt=' in result.out
+
+
+@pytest.mark.parametrize('kind, why', [('classes', 'no labels'), ('multi_label', 'several labels a clip'),
+                                       ('few', 'too few clips')])
+def test_a_set_that_has_no_knn_accuracy_stops_nothing(data_dir, tmp_path, monkeypatch, kind, why):
+    """README's second command on a folder of one's own without classes; other sets that are not for it."""
+    shutil.copytree(os.path.join(data_dir, 'noises'), tmp_path / 'mine')
+    plain = monitor.open_clips
+
+    def changed(*arguments):
+        clips = plain(*arguments)
+        if kind == 'few':
+            return clips.select(np.arange(1))
+        clips.metas = [{**clips.metas[0], **{'classes': {'classes': []}, 'multi_label': {'multi_label': True}}[kind]}]
+        return clips
+    monkeypatch.setattr(monitor, 'open_clips', changed)
+    result = call(pretrain.run, *RUN, '--max_steps=3', '--dataset=mine', '--eval_dataset=mine',
+                  f'--data_dir={tmp_path}', f'--out_dir={tmp_path}/out')
+    assert result.code == 0 and result.out.count(f'no kNN accuracy: mine has {why}\n') == 1, result.err
+    assert not any('knn_cls' in line for line in log_of(tmp_path / 'out'))
+
+
+def test_unlabelled_clips_among_labelled_ones_do_not_count(data_dir, tmp_path, monkeypatch):
+    plain = monitor.open_clips
+
+    def changed(*arguments):
+        clips = plain(*arguments)
+        clips.arrays['label'] = np.where(np.arange(len(clips)) % 3 == 0, -1, clips.label)
+        return clips
+    monkeypatch.setattr(monitor, 'open_clips', changed)
+    parts = monitor.labelled_clips('noises', data_dir, 1, processes.Process(0, 1, torch.device('cpu')))
+    assert 0 < sum(map(len, parts)) < 24 and all((part.label >= 0).all() for part in parts)
+
+
+def test_evaluation_reads_with_the_workers_of_the_settings(data_dir, tmp_path, monkeypatch):
+    asked, plain = [], data.loader
+    monkeypatch.setattr(data, 'loader', lambda *a, **k: asked.append(a[2]) or plain(*a, **k))
+    assert call(pretrain.run, *RUN, '--max_steps=3', '--eval_dataset=noises', '--workers=1', f'--data_dir={data_dir}',
+                f'--out_dir={tmp_path}/out').code == 0
+    assert asked == [1, 1]
+
+
+def test_the_commit_is_that_of_the_start(data_dir, tmp_path, monkeypatch):
+    """Not of the moment when a checkpoint is written: what was committed meanwhile is not what runs."""
+    heads = iter(['first', 'second', 'third', 'fourth'])
+
+    def git(command, **_):
+        return types.SimpleNamespace(returncode=0, stdout=next(heads) if 'rev-parse' in command else '')
+    processes.commit.cache_clear()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(processes.subprocess, 'run', git)
+            assert call(pretrain.run, *RUN, '--max_steps=3', '--save_interval=1', f'--data_dir={data_dir}',
+                        f'--out_dir={tmp_path}/out').code == 0
+    finally:
+        processes.commit.cache_clear()
+    with open(tmp_path / 'out' / 'log.jsonl') as f:
+        assert json.loads(f.readline())['commit'] == 'first'
+    assert weights_of(tmp_path / 'out')['commit'] == 'first'
+
+
+def test_fewer_checkpoints_to_keep_leave_none_behind(tmp_path):
+    def save(step, keep):
+        state = {'model': {}, 'config': {}, 'settings': {}, 'step': step}
+        saving.save_checkpoint(str(tmp_path / 'ckpt.pt'), state, keep)
+    for step in range(1, 5):
+        save(step, 3)
+    (tmp_path / 'ckpt.x.pt').write_text('')
+    (tmp_path / 'best.1.pt').write_text('')
+    assert sorted(os.listdir(tmp_path)) == ['best.1.pt', 'ckpt.1.pt', 'ckpt.2.pt', 'ckpt.pt', 'ckpt.x.pt']
+    save(5, 2)
+    assert sorted(os.listdir(tmp_path)) == ['best.1.pt', 'ckpt.1.pt', 'ckpt.pt', 'ckpt.x.pt']
+    assert [saving.load_checkpoint(str(tmp_path / file))['step'] for file in ('ckpt.pt', 'ckpt.1.pt')] == [5, 4]
+    save(6, 1)
+    assert sorted(os.listdir(tmp_path)) == ['best.1.pt', 'ckpt.pt', 'ckpt.x.pt']
+
+
+def test_a_step_is_a_line_of_a_terminal(straight, data_dir, tmp_path):
+    result = call(pretrain.run, *RUN, '--max_steps=3', '--eval_dataset=noises', f'--data_dir={data_dir}',
+                  f'--out_dir={tmp_path}/out')
+    steps = [line for line in result.out.splitlines() if line.startswith('step ')]
+    assert len(steps) == 4 and max(map(len, steps[:3])) <= 80
+    assert re.fullmatch(r'step 1/3  loss \d+\.\d{3}  explained -?\d+\.\d%  [\d,]+\.\d clips/s  \d+s left', steps[0])
+
+
+def test_importing_the_stage_loads_neither_recipes_nor_decoders():
+    code = 'import sys, pretrain; print(*sorted(name for name in sys.modules if name.split(".")[0] in ' \
+           '("prepare", "recipes", "finetune", "eval", "tools", "soundfile") or name.startswith("audio.")))'
+    assert script('-c', code).stdout.split() == ['audio.clips']
 
 
 def test_parts_of_a_union_are_left_out(data_dir, tmp_path):

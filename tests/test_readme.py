@@ -35,7 +35,7 @@ INLINE = [
     for text in re.findall(r'`((?:prepare|pretrain|finetune|eval|bench).py [^`]*)`', TEXT)
 ]
 DEMO = [command[2:] for command in COMMANDS if command[:3] == ['python', 'pretrain.py', 'config/demo.py']]
-SHORT = ['--max_steps=2', '--warmup_steps=1', '--batch_size=4', '--n_layer=1', '--eval_clips=60', '--threads=1']
+SHORT = ['--max_steps=2', '--warmup_steps=1', '--batch_size=4', '--n_layer=1', '--threads=1']
 
 
 def as_files(command):
