@@ -67,7 +67,7 @@ def decoded(content, max_seconds):
         return by_another(content, demuxer, max_seconds)
     with file:
         wave, rate = by_soundfile(file, content, max_seconds)
-    if not len(wave) and demuxer and other_decoder():                       # a recorder that crashed has left a size of 0
+    if not len(wave) and demuxer and other_decoder():                       # a recorder that crashed leaves a size of 0
         return by_another(content, demuxer, max_seconds)
     return wave, rate
 
@@ -75,8 +75,8 @@ def decoded(content, max_seconds):
 class Stream(soundfile.SoundFile):
     """A file that is read from its beginning to its end.
 
-    soundfile seeks after every block that it reads, which costs an mp3 the bits that a frame borrows from the one before
-    (up to 2,000 wrong samples at each block) and a FLAC of unknown length everything.
+    soundfile seeks after every block that it reads, which costs an mp3 the bits that a frame borrows from the one
+    before (up to 2,000 wrong samples at each block) and a FLAC of unknown length everything.
     """
 
     def seekable(self):
@@ -134,7 +134,7 @@ def mono(blocks):
             each = np.column_stack([means[-1], block]).astype(np.float64)
             count, sums, squares = count + len(each), sums + each.sum(axis=0), squares + np.square(each).sum(axis=0)
     if count:
-        power = squares / count - (sums / count) ** 2                       # without a constant offset, which is no sound
+        power = squares / count - (sums / count) ** 2                       # a constant offset is no sound
         loudest = int(power[1:].argmax())
         if power[0] <= CANCELLED * power[1 + loudest]:
             return np.concatenate([block[:, loudest] for block in blocks()])

@@ -37,10 +37,10 @@ def missing_bytes(content):
     if that cannot be told: a pipe writes sizes that no file has (0, or from 2 GiB to -1)."""
     if content[:4] == b'OggS':
         last = content.rfind(b'OggS')                                       # a page: 27 bytes, lengths, as many bytes
-        count = int.from_bytes(content[last + 26:last + 27])
+        count = int.from_bytes(content[last + 26:last + 27], 'big')
         return max(last + 27 + count + sum(content[last + 27:last + 27 + count]) - len(content), 0)
     if content[:4] == b'.snd':
-        promised = [(int.from_bytes(content[4:8]), int.from_bytes(content[8:12]))]
+        promised = [(int.from_bytes(content[4:8], 'big'), int.from_bytes(content[8:12], 'big'))]
     elif content[:7] == b'NIST_1A':
         fields = dict(re.findall(rb'(sample_count|channel_count|sample_n_bytes) -i (\d{1,12})', content[:1024]))
         size = 1
@@ -63,7 +63,7 @@ def sound_chunks(content):
         size = int.from_bytes(content[place + size_at:place + size_end], order) - counted
         if kind == b'RF64' and name == b'data' and content[12:16] == b'ds64':
             size = int.from_bytes(content[28:36], order)                    # 64 bits, in the first chunk of RF64
-        if len(name) < 4 or size < 0:                                       # the end, or MP4's 0 and 1: to the end, 64 bits
+        if len(name) < 4 or size < 0:                                       # the end, or MP4's marks 0 and 1
             return
         if name in SOUND:
             yield place + header, size
