@@ -313,8 +313,11 @@ def test_a_size_of_zero_that_a_crashed_recorder_left(ffmpeg, without_decoder, mo
     assert len(decoding.decode(content[:4] + bytes(4) + content[8:40] + bytes(4) + content[44:], 60)) == 8000
 
 
-@pytest.mark.parametrize('junk', [bytes(5000), b'ID3\x04\x00\x00\x00\x00\x10\x00 torn',
-                                  b'ID3\x03\x00\x00\x7f\x7f\x7f\x7f', b'HTTP/1.0 200 OK\r\n\r\n', np.random.default_rng(0).bytes(50000)])
+JUNK = [bytes(5000), b'ID3\x04\x00\x00\x00\x00\x10\x00 torn', b'ID3\x03\x00\x00\x7f\x7f\x7f\x7f',
+        b'HTTP/1.0 200 OK\r\n\r\n', np.random.default_rng(0).bytes(50000)]
+
+
+@pytest.mark.parametrize('junk', JUNK, ids=range(5))
 @pytest.mark.parametrize('rate', [11025, 16000, 44100])
 def test_an_mp3_with_junk_ahead(junk, rate):
     content = audio_file('.mp3', 0.5, rate)
