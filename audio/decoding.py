@@ -92,10 +92,11 @@ def by_soundfile(file, content, max_seconds):
     end = file.frames if file.format == 'FLAC' else 1 << 62                 # behind a FLAC's last sample may be a tag
 
     def blocks():                                                           # a header's length may be a lie
-        # To the start, as soundfile.read goes. It matters to mp3 alone: at rates up to 24 kHz libmpg123 rounds the last
-        # bit (6e-8) otherwise after it. That turns a few int16 samples by one, which shows where a tone leaves nothing
-        # but rounding noise: log-mels differed by up to 0.03 (Hamming) and 0.47 (Hanning).
-        file.seek(0)
+        # soundfile.read goes to the start, and so does this. It matters to mp3 alone: at rates up to 24 kHz libmpg123
+        # rounds the last bit (6e-8) otherwise after it. That turns a few int16 samples by one, which shows where a tone
+        # leaves nothing but rounding noise: log-mels differed by up to 0.03 (Hamming) and 0.47 (Hanning).
+        if file.format == 'MP3' or file.tell():
+            file.seek(0)
         read = 0
         most = max(1, (1 << 20) // file.channels)
         while len(block := file.read(min(most, end - read), dtype='float32', always_2d=True)):

@@ -69,7 +69,7 @@ class Files:
         self.left_out = {}                                                  # reason: [how many, the first name]
 
     def add(self, name, offset=0, size=0):
-        """offset: in a tar the byte where the file begins, in a zip its number."""
+        """offset: in a tar the byte where the file begins, in a zip its number; size: in a zip its checksum."""
         if HIDDEN.search(name):
             if is_audio(name):
                 self.leave_out('audio files under hidden names', name)
@@ -86,7 +86,7 @@ class Files:
         if self.kind == 'folder':
             return 'file', os.path.join(self.path, self.names[i])
         if self.kind == 'zip':
-            return 'zip', self.path, self.offsets[i]
+            return 'zip', self.path, self.offsets[i], self.sizes[i]
         return 'tar', self.path, self.offsets[i], self.sizes[i]
 
     def audio(self):
@@ -219,7 +219,7 @@ def list_zip(path):
         for i, info in enumerate(archive.infolist()):
             name = info.filename.replace('\\', '/')                         # some are made with Windows' separators
             if not name.endswith('/'):
-                found.add(name, i)
+                found.add(name, i, info.CRC)
     return found
 
 

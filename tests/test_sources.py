@@ -8,6 +8,7 @@ import struct
 import subprocess
 import tarfile
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -151,6 +152,8 @@ def test_a_name_twice_in_a_zip_is_its_last(tmp_path):
     assert run('folder', f'--source={tmp_path}/x.zip', f'--out_dir={tmp_path}/set', '--test_part=0').code == 0
     clips = open_clips(['set'], str(tmp_path))
     assert list(clips.keys()) == ['a/1.wav', 'b/2.wav'] and clips.length.tolist() == [4800, 6400]
+    files = list_source(f'{tmp_path}/x.zip', str(tmp_path))
+    assert files.place(1)[2:] == (1, zlib.crc32(audio_file('.wav', 0.3)))      # its number and what tells it from another
 
 
 def test_links_and_sparse_files_in_tars_are_counted(tmp_path, capsys):
