@@ -3,10 +3,17 @@
 All of it is hostile input. Nothing is unpacked: members of archives are read where they lie, so that no name in one is
 ever used as a path; sizes are bounded whatever a header says.
 """
+import codecs
+import collections
+import errno
 import functools
 import hashlib
+import io
 import lzma
 import os
+import pathlib
+import re
+import stat
 import tarfile
 import zipfile
 import zlib
@@ -15,15 +22,19 @@ from array import array
 from tqdm import tqdm
 
 from engine.errors import DataError
-from engine.files import replacing
+from engine.files import printable, replacing
 
 MAX_FILE_BYTES = 1 << 30                            # no audio file of a set is larger
 MAX_ARCHIVE_RATIO = 100                             # what grows more than this when it is decompressed is hostile ...
 HARMLESS_BYTES = 32 << 20                           # ... if it grows to more than this: silence compresses well
 MAX_HEADER_BYTES = 1 << 20                          # of a tar's long names
 ARCHIVE_ERRORS = (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError)
-AUDIO_SUFFIXES = ('.wav', '.flac', '.ogg', '.oga', '.opus', '.mp3', '.aif', '.aiff', '.au', '.w64', '.caf',
-                  '.m4a', '.mp4', '.aac', '.webm', '.mkv', '.mka', '.wma')
+AUDIO_SUFFIXES = ('.wav', '.wave', '.bwf', '.rf64', '.w64', '.flac', '.ogg', '.oga', '.opus', '.mp3', '.mp2', '.mpga',
+                  '.aif', '.aiff', '.aifc', '.au', '.snd', '.sph', '.nist', '.caf', '.voc', '.m4a', '.m4b', '.mp4',
+                  '.mov', '.3gp', '.3g2', '.aac', '.ac3', '.amr', '.webm', '.mkv', '.mka', '.wma', '.asf', '.wv',
+                  '.ape', '.tta')
+HIDDEN = re.compile(r'(^|/)(\.(?!\.?(/|$))|(__MACOSX|@eaDir|\$RECYCLE\.BIN|System Volume Information|lost\+found)'
+                    r'(/|$))', re.IGNORECASE)
 
 
 class Strings:
@@ -46,69 +57,184 @@ class Strings:
 
 
 class Files:
-    """The files of a folder or archive: their names inside it, and where their bytes are."""
+    """The files of a folder or archive: their names inside it, and where their bytes are.
+
+    Names are parted by slashes. What is hidden is not among them: whatever lies under a name that begins with a dot or
+    belongs to a system (__MACOSX, lost+found).
+    """
 
     def __init__(self, kind, path):
         self.kind, self.path = kind, path                                   # folder, zip or tar
         self.names, self.offsets, self.sizes = Strings(), array('q'), array('q')
+        self.left_out = {}                                                  # reason: [how many, the first name]
 
     def add(self, name, offset=0, size=0):
+        """offset: in a tar the byte where the file begins, in a zip its number; size: in a zip its checksum."""
+        if HIDDEN.search(name):
+            if is_audio(name):
+                self.leave_out('audio files under hidden names', name)
+            return
         self.names.append(name)
         self.offsets.append(offset)
         self.sizes.append(size)
+
+    def leave_out(self, reason, name):
+        self.left_out.setdefault(reason, [0, name])[0] += 1
 
     def place(self, i):
         """What read_bytes wants to know of file i."""
         if self.kind == 'folder':
             return 'file', os.path.join(self.path, self.names[i])
         if self.kind == 'zip':
-            return 'zip', self.path, self.names[i]
+            return 'zip', self.path, self.offsets[i], self.sizes[i]
         return 'tar', self.path, self.offsets[i], self.sizes[i]
 
     def audio(self):
         """Yield (index, name) of every audio file, by its suffix."""
         for i, name in enumerate(self.names):
-            if name.lower().endswith(AUDIO_SUFFIXES) and not os.path.basename(name).startswith('.'):
+            if is_audio(name):
                 yield i, name
+
+    def told(self):
+        """The same files, after a line that says what was left out, if anything was."""
+        others = collections.Counter(os.path.splitext(name)[1].lower() or 'without a suffix'
+                                     for name in self.names if not is_audio(name))
+        said = [f'{count} {reason} (the first: {printable(name)})' for reason, (count, name) in self.left_out.items()]
+        if others:
+            kinds = ', '.join(f'{printable(kind)} {count}' for kind, count in others.most_common(5))
+            said.append(f'{sum(others.values())} files whose names are not those of audio ({kinds}'
+                        f'{", ..." if len(others) > 5 else ""})')
+        if said:
+            print(f'left out of {printable(self.path)}: {"; ".join(said)}')
+        return self
+
+
+def is_audio(name):
+    return name.lower().endswith(AUDIO_SUFFIXES)
 
 
 def list_source(path, work_dir):
-    """Files of a folder, zip or tar archive, always in the same order. Raises DataError.
+    """Files of a folder, zip or tar archive, always in the same order; a line says what was left out. Raises DataError.
 
     work_dir: where a compressed tar is decompressed.
     """
+    kind = kind_of(path)
+    if kind == 'folder':
+        return list_folder(path).told()
+    try:
+        return (list_zip(path) if kind == 'zip' else list_tar(path, uncompressed_tar(path, work_dir))).told()
+    except (*ARCHIVE_ERRORS, UnicodeError, ValueError, NotImplementedError) as error:
+        raise DataError(f'the archive {path} is damaged ({error}): get it again') from None
+
+
+def kind_of(path):
+    """'folder', 'zip', 'tar' or 'compressed tar'. Raises DataError.
+
+    By the first bytes: a tar may end with a zip, its last member, and a program that unpacks itself is a zip that
+    begins with something else.
+    """
     if os.path.isdir(path):
-        found = Files('folder', path)
-        for folder, folders, files in os.walk(path):
-            folders.sort()
-            inside = os.path.relpath(folder, path).replace(os.sep, '/')
-            for file in sorted(files):
-                found.add(file if inside == '.' else f'{inside}/{file}')
-        return found
+        return 'folder'
     if not os.path.exists(path):
         raise DataError(f'there is no archive or folder {path}')
     try:
+        with open(path, 'rb') as f:
+            if f.read(2) == b'PK' and zipfile.is_zipfile(path):
+                return 'zip'
+        for mode, kind in (('r:', 'tar'), ('r:*', 'compressed tar')):
+            try:
+                tarfile.open(path, mode, tarinfo=BoundedHeader).close()
+                return kind
+            except tarfile.ReadError:
+                continue
         if zipfile.is_zipfile(path):
-            found = Files('zip', path)
-            with zipfile.ZipFile(path) as archive:
-                for info in archive.infolist():
-                    if not info.is_dir():
-                        found.add(info.filename)
-            return found
-        try:
-            tarfile.open(path, 'r:*', tarinfo=BoundedHeader).close()
-        except tarfile.ReadError:
-            raise DataError(f'{path} is neither a folder nor a zip or tar archive') from None
-        path = uncompressed_tar(path, work_dir)
-        found = Files('tar', path)
-        with tarfile.open(path, 'r:', tarinfo=BoundedHeader) as archive:
-            for member in archive:
-                if member.isfile():                                         # links and devices are no files: left out
-                    found.add(member.name.removeprefix('./'), member.offset_data, member.size)
-                archive.members = []                                        # or it would keep every header in memory
-        return found
+            return 'zip'
     except (*ARCHIVE_ERRORS, UnicodeError, ValueError, NotImplementedError) as error:
         raise DataError(f'the archive {path} is damaged ({error}): get it again') from None
+    raise DataError(f'{path} is neither a folder nor a zip or tar archive')
+
+
+def list_folder(path):
+    """Files of a folder; linked folders too, behind the others, but none twice: a link may lead back, for ever.
+    Raises DataError if any folder in it cannot be listed."""
+    found = Files('folder', path)
+    seen = {identity(parent) for parent in pathlib.Path(os.path.realpath(path)).parents}
+    folders, links = [''], []                                               # still to list, by their names inside
+    while folders or links:
+        through_link = not folders
+        inside = (folders or links).pop()
+        folder = os.path.join(path, inside) if inside else path
+        try:
+            this = identity(folder)
+            if through_link and this in seen:
+                found.leave_out('linked folders that lead to one that is listed or holds the source', inside)
+                continue
+            seen.add(this)
+            with os.scandir(folder) as entries:
+                here = sorted((entry.name, kind_of_entry(entry)) for entry in entries)
+        except OSError as error:
+            if HIDDEN.search(inside):
+                continue
+            raise DataError(f'cannot list the folder {folder} ({reason_of(error)}): its sounds would be missing'
+                            ) from None
+        below = []
+        for name, kind in here:
+            name = f'{inside}/{name}' if inside else name
+            if kind == 'file':
+                found.add(name)
+            elif kind == 'folder':
+                below.append(name)
+            elif kind == 'linked folder':
+                links += [] if HIDDEN.search(name) else [name]
+            else:
+                found.leave_out(kind, name)
+        (links if through_link else folders).extend(reversed(below))
+    return found
+
+
+def identity(folder):
+    info = os.stat(folder)
+    return info.st_dev, info.st_ino
+
+
+def kind_of_entry(entry):
+    """Of a folder's entry: 'file', 'folder', 'linked folder', or why it is left out. A link costs a look at its target;
+    a pipe or device must not be opened, which could wait for ever."""
+    if not entry.is_symlink():
+        return 'folder' if entry.is_dir() else 'file' if entry.is_file() else 'pipes, sockets or devices'
+    try:
+        mode = os.stat(entry.path).st_mode
+    except OSError as error:
+        if is_audio(entry.name):
+            return 'file'                                                   # to be skipped by name when it is read
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return 'links that lead nowhere'
+        raise
+    return 'linked folder' if stat.S_ISDIR(mode) else 'file' if stat.S_ISREG(mode) else 'pipes, sockets or devices'
+
+
+def list_zip(path):
+    found = Files('zip', path)
+    with zipfile.ZipFile(path) as archive:
+        for i, info in enumerate(archive.infolist()):
+            name = info.filename.replace('\\', '/')                         # some are made with Windows' separators
+            if not name.endswith('/'):
+                found.add(name, i, info.CRC)
+    return found
+
+
+def list_tar(path, plain):
+    """path: what the user gave; plain: the same, decompressed."""
+    found = Files('tar', plain)
+    with tarfile.open(plain, 'r:', tarinfo=BoundedHeader) as archive:
+        for member in archive:
+            name = member.name.replace('\\', '/').removeprefix('./')
+            if member.isfile() and not member.issparse():
+                found.add(name, member.offset_data, member.size)
+            elif not member.isdir():
+                found.leave_out('links, devices or sparse files', name)     # links could lead anywhere
+            archive.members = []                                            # or it would keep every header in memory
+    return found
 
 
 class BoundedHeader(tarfile.TarInfo):
@@ -128,14 +254,7 @@ class BoundedHeader(tarfile.TarInfo):
 
 
 def is_compressed_tar(path):
-    if os.path.isdir(path) or zipfile.is_zipfile(path):
-        return False
-    try:
-        with tarfile.open(path, 'r:', tarinfo=BoundedHeader) as archive:
-            archive.next()
-        return False
-    except tarfile.ReadError:
-        return True
+    return kind_of(path) == 'compressed tar'
 
 
 def uncompressed_tar(path, work_dir):
@@ -175,8 +294,9 @@ def read_bytes(place):
     limit = MAX_FILE_BYTES
     if kind == 'zip':
         archive = open_zip(path, os.stat(path).st_mtime_ns)
-        limit = min(limit, max(HARMLESS_BYTES, archive.getinfo(place[2]).compress_size * MAX_ARCHIVE_RATIO))
-        with archive.open(place[2]) as f:
+        member = archive.infolist()[place[2]]
+        limit = min(limit, max(HARMLESS_BYTES, member.compress_size * MAX_ARCHIVE_RATIO))
+        with archive.open(member) as f:
             content = f.read(limit + 1)
     else:
         with open(path, 'rb') as f:
@@ -186,6 +306,14 @@ def read_bytes(place):
         raise ValueError(f'larger than {limit >> 20} MiB' if limit == MAX_FILE_BYTES else
                          f'grows more than {MAX_ARCHIVE_RATIO} times when decompressed')
     return content
+
+
+def open_text(place):
+    """A text table as a stream of lines, from a path or what read_bytes takes: UTF-8, with or without a byte-order
+    mark, or UTF-16 with one. Raises what reading does; UnicodeError (a ValueError), also later, if it is no text."""
+    raw = open(place, 'rb') if isinstance(place, str) else io.BufferedReader(io.BytesIO(read_bytes(place)))
+    utf16 = raw.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    return io.TextIOWrapper(raw, 'utf-16' if utf16 else 'utf-8-sig', newline='')    # as csv wants it
 
 
 def reason_of(error):

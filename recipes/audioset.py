@@ -8,7 +8,7 @@ from array import array
 import numpy as np
 
 from audio.downloads import download
-from audio.sources import cache_name, list_source, reason_of
+from audio.sources import cache_name, list_source, open_text, reason_of
 from configurator import words
 from engine.errors import DataError
 from recipes.plan import Plan
@@ -65,7 +65,7 @@ def read_class_labels(settings):
 def read_label_csv(path):
     """[(mid, display name)] of AudioSet's class_labels_indices.csv, in the order of its indices. Raises DataError."""
     try:
-        with open(path, encoding='utf-8', newline='') as f:
+        with open_text(path) as f:
             rows = [(int(row['index']), row['mid'], row['display_name']) for row in csv.DictReader(f)]
     except (OSError, UnicodeError) as error:
         raise DataError(f'cannot read the labels {path} ({reason_of(error)}); AudioSet\'s are '
@@ -84,7 +84,7 @@ def read_segments(paths, mids):
     ids, starts, parts, labels, label_ends = bytearray(), array('q'), array('b'), array('i'), array('q', [0])
     for part, path in enumerate(paths):
         try:
-            with open(path, encoding='utf-8', newline='') as f:
+            with open_text(path) as f:
                 reader = csv.reader(f, skipinitialspace=True)               # id, 30.000, 40.000, "mid,mid"
                 for row in reader:
                     if not row or row[0].startswith('#'):

@@ -3,7 +3,7 @@ import csv
 import os
 
 from audio.clips import key_hash
-from audio.sources import list_source, reason_of
+from audio.sources import list_source, open_text, reason_of
 from engine.errors import DataError
 from recipes.plan import Plan
 
@@ -39,7 +39,7 @@ def plan_folder(settings):
 def read_split_file(path, files):
     """{name: split} from a csv of `path,split`; every path must be in the source."""
     try:
-        with open(path, encoding='utf-8', newline='') as f:
+        with open_text(path) as f:
             rows = [row for row in csv.reader(f) if row]
     except (OSError, UnicodeError, csv.Error) as error:
         raise DataError(f'cannot read split_file {path} ({reason_of(error)})') from None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from audio.downloads import download
-from audio.sources import ARCHIVE_ERRORS, Strings, cache_name, read_bytes, reason_of
+from audio.sources import ARCHIVE_ERRORS, Strings, cache_name, open_text, reason_of
 from engine.errors import DataError
 from engine.files import printable
 
@@ -77,8 +77,9 @@ def source_or_download(settings, url, suffix='zip', sha256=None):
 def read_table(files, i):
     """A text file of a source. Raises DataError."""
     try:
-        return read_bytes(files.place(i)).decode()
-    except UnicodeDecodeError as error:
+        with open_text(files.place(i)) as f:
+            return f.read()
+    except UnicodeError as error:
         raise DataError(f'{printable(files.names[i])} is not a text table ({error})') from None
     except (*ARCHIVE_ERRORS, ValueError, RuntimeError, NotImplementedError) as error:
         raise DataError(f'{printable(files.names[i])} cannot be read ({reason_of(error)}): get it again') from None
