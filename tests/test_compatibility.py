@@ -50,7 +50,7 @@ def log_after(folder, step):
 
 
 def assert_same_weights(path, want):
-    """The model in a checkpoint equals the vector of all its weights in the order of their names, keys' biases apart."""
+    """A checkpoint's model equals the vector of all its weights in the order of their names, keys' biases apart."""
     model = torch.load(path, weights_only=True)['model']
     assert sum(tensor.numel() for tensor in model.values()) == len(want)
     first = 0

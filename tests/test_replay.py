@@ -7,8 +7,8 @@ augmentation, losses with their gradients, clipping, AdamW, schedules and the te
 float64 from the gradients on.
 
 Tolerance: the run adds up in float32 (relative 1e-7, in gradients some 1e-6), and AdamW's first steps, near
-lr * sign(gradient), enlarge that where a gradient is near zero: weights differ by 1e-6 here, updates are 1e-2. The keys'
-biases have no gradient but rounding, and are left out.
+lr * sign(gradient), enlarge that where a gradient is near zero: weights differ by 1e-6 here, updates are 1e-2. The
+keys' biases have no gradient but rounding, and are left out.
 """
 import json
 import math
@@ -94,7 +94,7 @@ def order(clips, step, weights=None, per_epoch=None):
 
 
 def log_mels(waves, window, gains=None, repeat=False):
-    """[int16 samples] -> (clips, FRAMES, 128): the clip's mean taken off, gain, log-mel, zeros behind its last frame."""
+    """[int16 samples] -> (clips, FRAMES, 128): mean taken off, gain, log-mel, zeros behind the clip's last frame."""
     rows = np.zeros((len(waves), SAMPLES), np.float32)
     for i, wave in enumerate(waves):
         wave = wave / 32768 - wave.mean() / 32768
@@ -154,7 +154,7 @@ def assert_same_weights(out_dir, wanted):
         theirs = wanted[name]
         if name.endswith('attn.qk.bias'):                                   # rows: queries, then keys
             ours, theirs = ours.chunk(2)[0], theirs.chunk(2)[0]
-        torch.testing.assert_close(ours.double(), theirs.double(), rtol=1e-4, atol=1e-5, msg=lambda m: f'{name}: {m}')
+        np.testing.assert_allclose(ours.double(), theirs.double(), rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 def log_of(out_dir, key='loss'):
@@ -369,7 +369,8 @@ def replay_finetuning(waves, labels, encoder, how, broken=()):
         logits = classifier(torch.from_numpy(spec).float(), depths)
         loss, gradient = loss_and_gradient(logits.detach().double().numpy(), mixed, labels[chosen].sum(), how['loss'],
                                            how['set'] == 'many')
-        gradients = dict(zip(trained, torch.autograd.grad(logits, trained.values(), torch.from_numpy(gradient).float())))
+        gradient = torch.from_numpy(gradient).float()
+        gradients = dict(zip(trained, torch.autograd.grad(logits, trained.values(), gradient)))
         rate = warm_cosine(step, FINETUNE['min_lr'], FINETUNE['lr'])
         if step not in broken:
             optimizer.step({n: g.double() for n, g in gradients.items()}, {n: rate * scales[n] for n in trained})
@@ -404,7 +405,8 @@ def finetune_both(sets, pretrained, out_dir, how, broken=()):
     assert result.code == 0, result.err
     encoder = {name.removeprefix('encoder.'): tensor for name, tensor in
                torch.load(pretrained, weights_only=True)['model'].items() if name.startswith('encoder.')}
-    return replay_finetuning(*training_clips(sets, how['set']), encoder if how['from_checkpoint'] else None, how, broken)
+    encoder = encoder if how['from_checkpoint'] else None
+    return replay_finetuning(*training_clips(sets, how['set']), encoder, how, broken)
 
 
 @pytest.mark.parametrize('how', [
