@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -369,7 +370,10 @@ def test_monitor_and_next_step(data_dir, tmp_path):
     scores = [line for line in log_of(tmp_path / 'out') if 'knn_cls' in line]
     assert ([line['step'] for line in scores] == [3, 6]
             and all(0 <= line['knn_cls'] <= 1 and line['effective_rank'] > 1 for line in scores))
-    assert 'time left' not in result.out and 'left' in result.out and 'next:  python eval.py --ckpt=' in result.out
+    steps = [line for line in result.out.splitlines() if re.match(r'step \d/6  loss', line)]
+    assert len(steps) == 6 and all(re.search(r' clips/s  (\d+m )?\d+s left$', line) for line in steps)
+    assert steps[-1].endswith(' 0s left')
+    assert f'next:  python eval.py --ckpt={tmp_path}/out/ckpt.pt --dataset=demo ' in result.out
 
 
 def test_parts_of_a_union_are_left_out(data_dir, tmp_path):
