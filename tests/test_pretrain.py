@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -377,10 +376,9 @@ def test_monitor_and_next_step(data_dir, tmp_path):
 
 
 def test_parts_of_a_union_are_left_out(data_dir, tmp_path):
-    began = time.time()
     result = call(pretrain.run, *RUN, '--dataset=noises,demo', '--splits=train,test', '--max_steps=3',
                   f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out')
-    assert result.code == 0 and '224 clips' in result.out and time.time() - began < 60
+    assert result.code == 0 and '224 clips' in result.out
     result = call(pretrain.run, *RUN, '--dataset=noises,demo', '--splits=train,test', '--leave_out=demo/train',
                   '--max_steps=3', f'--data_dir={data_dir}', f'--out_dir={tmp_path}/part')
     assert result.code == 0 and '64 clips' in result.out

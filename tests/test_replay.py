@@ -23,6 +23,7 @@ import finetune
 import model as networks
 import prepare
 import pretrain
+from audio.clips import carve_validation, open_clips
 from data import block_masks, fbank
 from engine.randomness import random, torch_random
 
@@ -284,11 +285,38 @@ def test_pretraining_in_bfloat16(sets, tmp_path):
     assert torch.load(tmp_path / 'bfloat16' / 'ckpt.pt', weights_only=True)['settings']['dtype'] == 'bfloat16'
 
 
+def test_what_pretraining_says_of_its_features(sets, tmp_path):
+    """Effective rank, chance and kNN accuracy of the student, by numpy from the checkpoint: ten of the fourteen clips,
+    of which a part is held out; first frames; the mean and standard deviation of the clips that are not."""
+    assert call(pretrain.run, *COMMON, *options({**PRETRAINING, **PRETRAIN}), '--dtype=float32', '--dataset=many',
+                '--eval_dataset=sounds', '--eval_clips=10', '--window=hanning', f'--data_dir={sets}',
+                f'--out_dir={tmp_path}').code == 0
+    (scores,) = log_of(tmp_path, 'knn_cls')
+    clips = open_clips(['sounds'], sets)
+    parts = carve_validation(clips.select(random(SEED, 'few_labels').permutation(14)[:10]), 0.3)
+    waves = [[part.read(i) for i in range(len(part))] for part in parts]
+    mean, std = statistics(waves[0], 'hanning')
+    encoder = networks.Encoder(networks.ASDAConfig(**PRETRAINING))
+    state = torch.load(tmp_path / 'ckpt.pt', weights_only=True)['model']
+    encoder.load_state_dict({name[8:]: value for name, value in state.items() if name.startswith('encoder.')})
+    with torch.no_grad():
+        train, valid = [encoder((log_mels([wave[:SAMPLES] for wave in some], 'hanning') - mean) / (2 * std))[:, 0]
+                        .double().numpy() for some in waves]
+    values = np.linalg.svd(valid - valid.mean(axis=0), compute_uv=False)
+    share = values[values > 1e-6] / values.sum()
+    assert scores['effective_rank'] == pytest.approx(math.exp(-(share * np.log(share)).sum()), rel=1e-3)
+    right = parts[1].label == np.bincount(parts[1].label).argmax()
+    assert scores['chance'] == pytest.approx(right.mean())
+    assert len(train) <= 10                                                 # all are neighbours: the commonest wins
+    assert scores['knn_cls'] == pytest.approx((parts[1].label == np.bincount(parts[0].label).argmax()).mean())
+
+
 # ---------------------------------------------------------------------------------------------------------- fine-tuning
 
 FINETUNE = {'lr': 0.02, 'min_lr': 0.004, 'layer_decay': 0.5, 'beta1': 0.8, 'beta2': 0.9, 'weight_decay': 0.3,
-            'drop_path': 0.5, 'validation_part': 0, 'save_interval': 100, 'eval_interval': 100, 'input_mask': 0.4,
-            'label_smoothing': 0.1}
+            'drop_path': 0.5, 'validation_part': 0, 'eval_interval': 100, 'input_mask': 0.4}
+
+SMOOTHING = 0.1                                                             # of cross_entropy; bce has none
 
 
 def finetuning_batch(waves, chosen, step, how):
@@ -336,8 +364,7 @@ def loss_and_gradient(logits, labels, label_sum, loss, multi_label):
     """The loss of a batch and its derivative by the logits, in numpy and float64. cross_entropy: mean over clips. bce:
     a sum over clips and classes, by the number of labels of a multi-label batch, else by the number of clips."""
     if loss == 'cross_entropy':
-        smoothing = FINETUNE['label_smoothing']
-        labels = labels * (1 - smoothing) + smoothing / labels.shape[1]
+        labels = labels * (1 - SMOOTHING) + SMOOTHING / labels.shape[1]
         shares = np.exp(logits - logits.max(axis=1, keepdims=True))
         shares /= shares.sum(axis=1, keepdims=True)
         return -(labels * np.log(shares)).sum() / BATCH, (shares - labels) / BATCH
@@ -397,6 +424,7 @@ def finetune_both(sets, pretrained, out_dir, how, broken=()):
         f'--dataset={how["set"]}', '--init=scratch', *options(SIZE)]
     argv += [f'--mixup={how["mixup"]["beta"]}', f'--mixup_probability={how["mixup"]["probability"]}'] if how[
         'mixup'] else []
+    argv += [f'--label_smoothing={SMOOTHING}'] if how['loss'] == 'cross_entropy' else []
     argv += ['--weighted', f'--epoch_clips={how["weighted"]}'] if how['weighted'] else []
     with pytest.MonkeyPatch.context() as patch:
         break_at(broken, networks.Classifier, patch)
