@@ -161,7 +161,11 @@ def test_audioset_is_found_labelled_tuned_on_and_evaluated(audioset, pretrained)
     assert 'mAP' in told and 'mAUC' in evaluated and 'd-prime' in evaluated and 'on as_eval' in evaluated
     with open(audioset / 'tuned/classes.csv', newline='') as f:
         rows = list(csv.DictReader(f))
-    assert [row['class'] for row in rows] == LABELS and float(rows[0]['average_precision']) > 0 and 'auc' in rows[0]
+    assert [row['class'] for row in rows] == LABELS and set(rows[0]) == {'class', 'clips', 'average_precision', 'auc'}
+    tested = open_clips(['as_eval'], str(audioset), ['eval'])
+    assert [int(row['clips']) for row in rows] == tested.targets(np.arange(len(tested))).sum(axis=0).tolist()
+    scores = [float(row['average_precision']) for row in rows if int(row['clips'])]
+    assert f'mAP {np.mean(scores):.4f}' in evaluated
     told, _ = tune_and_evaluate(
         'finetune_as20k.py', 'as2m', pretrained, audioset, '--validation_part=0.3', '--overwrite'
     )

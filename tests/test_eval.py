@@ -32,6 +32,7 @@ from scoring.probes import (
 
 from .conftest import ROOT, SHARED, call, is_one_line_error, needs_shared, write_wav
 from .test_finetune import pretrained, straight  # noqa: F401  (fixtures)
+from .test_pretrain import log_of
 
 FIXTURES = os.path.join(ROOT, 'tests', 'fixtures')
 CPU = processes.Process(0, 1, torch.device('cpu'))
@@ -185,12 +186,14 @@ def test_probes_of_a_pretrained_checkpoint(pretrained, data_dir):               
 
 
 def test_a_finetuned_checkpoint_needs_only_a_test_split(straight, data_dir, tmp_path):       # noqa: F811
+    """And scores on it what fine-tuning's log says."""
     shutil.copytree(os.path.join(data_dir, 'noises'), tmp_path / 'noises')
     for file in ('train-00000.npz', 'train-00000.pcm'):
         os.remove(tmp_path / 'noises' / file)
     result = call(evaluation.run, f'--ckpt={straight}/best.pt', f'--data_dir={tmp_path}',
                   f'--csv_file={tmp_path}/x.csv')
-    assert result.code == 0, result.err
+    logged = next(line for line in log_of(straight) if 'test' in line)['test']['best']
+    assert result.code == 0 and f'({logged["right"]} of {logged["clips"]})' in result.out, result.err
 
 
 def test_wav_prints_the_top_classes(straight, tmp_path):                                    # noqa: F811
@@ -310,7 +313,10 @@ def test_embeddings_of_files_and_sets(straight, pretrained, data_dir, tmp_path, 
     assert call(evaluation.run, f'--ckpt={path}', '--dataset=noises', f'--data_dir={data_dir}',
                 f'--embed={tmp_path}/set.npz').code == 0
     with np.load(tmp_path / 'set.npz') as stored:
-        assert len(set(stored['names'].tolist())) == 24 == len(stored['cls']) and np.isfinite(stored['patches']).all()
+        assert len(set(stored['names'].tolist())) == 24 == len(stored['cls'])
+        seen = (stored['sound'] + 15) // 16 * 8                             # patches that hold sound
+        for mean, patches, count in zip(stored['mean'], stored['patches'].astype(float), seen):
+            np.testing.assert_allclose(mean, patches[:count].mean(axis=0), atol=2e-3)       # float16
 
 
 @needs_shared

@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import types
 
 import numpy as np
@@ -375,7 +374,10 @@ def test_monitor_and_next_step(data_dir, tmp_path):
     scores = [line for line in log_of(tmp_path / 'out') if 'knn_cls' in line]
     assert ([line['step'] for line in scores] == [3, 6]
             and all(0 <= line['knn_cls'] <= 1 and line['effective_rank'] > 1 for line in scores))
-    assert 'time left' not in result.out and 'left' in result.out and 'next:  python eval.py --ckpt=' in result.out
+    steps = [line for line in result.out.splitlines() if re.match(r'step \d/6  loss', line)]
+    assert len(steps) == 6 and all(re.search(r' clips/s  (\d+m )?\d+s left$', line) for line in steps)
+    assert steps[-1].endswith(' 0s left')
+    assert f'next:  python eval.py --ckpt={tmp_path}/out/ckpt.pt --dataset=demo ' in result.out
 
 
 @pytest.mark.parametrize('kind, why', [('classes', 'no labels'), ('multi_label', 'several labels a clip'),
@@ -468,10 +470,9 @@ def test_importing_the_stage_loads_neither_recipes_nor_decoders():
 
 
 def test_parts_of_a_union_are_left_out(data_dir, tmp_path):
-    began = time.time()
     result = call(pretrain.run, *RUN, '--dataset=noises,demo', '--splits=train,test', '--max_steps=3',
                   f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out')
-    assert result.code == 0 and '224 clips' in result.out and time.time() - began < 60
+    assert result.code == 0 and '224 clips' in result.out
     result = call(pretrain.run, *RUN, '--dataset=noises,demo', '--splits=train,test', '--leave_out=demo/train',
                   '--max_steps=3', f'--data_dir={data_dir}', f'--out_dir={tmp_path}/part')
     assert result.code == 0 and '64 clips' in result.out
