@@ -1,7 +1,8 @@
 """Numbers from the audio file to the loss and the score, each computed here by another way than in the code.
 
-The references: the int16 samples that a wav file was written from; torchaudio's kaldi.fbank, clip by clip; distributions
-by numpy's own samplers and by counting; scikit-learn; loops. Sounds go in as files and command lines where possible.   python -m pytest tests/test_numbers.py
+References: the int16 samples that a wav file was written from; torchaudio's kaldi.fbank, clip by clip; distributions by
+numpy's own samplers and by counting; scikit-learn; plain loops. Sounds go in as files and command lines where that is
+possible.   python -m pytest tests/test_numbers.py
 """
 import collections
 import csv
