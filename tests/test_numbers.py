@@ -834,6 +834,10 @@ def test_ties_of_neighbours_go_to_the_closer_ones():
     test = np.c_[np.cos(tests), np.sin(tests)].astype(np.float32)
     guesses = knn_scores(train, labels, test, 3).argmax(axis=1)
     assert guesses[:3].tolist() == [0, 0, 1]
+    nearly = np.r_[angles[:10] / 50, angles[10:]]                           # votes alike, sums that differ by 1e-4
+    train_nearly = np.c_[np.cos(nearly), np.sin(nearly)].astype(np.float32)
+    assert knn_scores(train_nearly, labels, test[1:3], 3).argmax(axis=1).tolist() == [0, 1]
+    assert knn_scores(train_nearly, 1 - labels.clip(max=1), test[1:3], 2).argmax(axis=1).tolist() == [1, 0]
     for k in (1, 3, 10):
         for row, label in zip(test, knn_scores(train, labels, test, 3, k).argmax(axis=1)):
             assert right_by_knn(train, labels, row[None], [label], k) == 1
