@@ -13,6 +13,7 @@ import difflib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -108,7 +109,7 @@ def main():
         path = os.path.join(copy, given.module)
         with open(path, encoding='utf-8') as source:
             text = source.read()
-        tests = given.tests.split()
+        tests = shlex.split(given.tests)
         load_libraries(copy, tests)
         began = time.monotonic()
         if trial(path, text, tests, 1e9)[0] != 'survived':

@@ -42,7 +42,7 @@ from tools import results
 from .conftest import ROOT, TINY, call
 
 CPU = processes.Process(0, 1, torch.device('cpu'))
-RAMPS = (9000, 12000, 3000, 5361, 5360)         # samples of clips in which every value occurs once
+RAMPS = (9000, 12000, 1500, 5361, 5360)         # samples of clips in which every value occurs once
 FRAMES = 32                                     # of the input that crops and rolls are tested with: 5,360 samples
 
 
@@ -380,8 +380,9 @@ def test_crops_are_slices_from_anywhere_of_the_clips_of_each_epoch(sets):
     assert chi_square(np.bincount(starts[3]), 150) < 10.8                   # one sample to spare: first or last
     shares = {round(start / (RAMPS[clip] - 5360), 4) for clip in (0, 1) for start in starts[clip]}
     assert len(shares) > 550                                                # of 600: each place and step draws anew
-    others = [row.tolist() for _, row in pretrain_rows(sets, 2, seed=6)]
-    assert others != [row.tolist() for _, row in pretrain_rows(sets, 2)]
+    for clip in (0, 1):                                                     # and so does each seed
+        others = [runs(row)[0][1] for _, row in pretrain_rows(sets, 60, seed=6) if runs(row)[0][0] == clip]
+        assert len(set(others) & set(starts[clip])) < 20                    # of 72
 
 
 def test_short_clips_are_joined_with_crops_of_any_clip(sets):
@@ -396,7 +397,8 @@ def test_short_clips_are_joined_with_crops_of_any_clip(sets):
             spare = RAMPS[clip] - length
             if filled:
                 followers[int(clip)] += 1
-                starts.append((start + 0.5) / (spare + 1))
+                if spare > 100:
+                    starts.append((start + 0.5) / (spare + 1))
             filled += length
     assert sum(followers.values()) > 200
     assert chi_square([followers[i] for i in range(5)], sum(followers.values()) / 5) < 18.5
@@ -417,6 +419,7 @@ def test_the_networks_input_is_kaldis_padded_cut_and_normalised(sets, window):
             want = network_input(wave[:10480], min(frames, 64), window, -3.0, 2.5, factor)
             want = F.pad(want, (0, 0, 0, frames - len(want)), value=3.0 / 5.0)
             torch.testing.assert_close(row, want, atol=1e-3, rtol=0)
+            assert abs(float((row - want).mean())) < 4e-6                   # no other scale, not even 1 / 32767
     got = data.log_mel(batch['pcm'], batch['lengths'], 64, window, -3.0, 2.5, gain, repeat=True)
     for row, wave, factor in zip(got, waves, gain.tolist()):
         wave = wave[:10480].astype(np.float64)
@@ -456,7 +459,7 @@ def test_rolls_are_circular_over_the_whole_clip_and_from_anywhere(sets):
 
 def test_draws_have_the_distributions_of_the_method(sets):
     """References: numpy's beta and uniform samplers, torchaudio's masking of one axis, by Kolmogorov's test."""
-    _, batches = finetune_batches(sets, 8, roll=True, noise=True, mask_ratio=0.25, mixup=0.8, mixup_probability=0.7)
+    _, batches = finetune_batches(sets, 8, roll=True, noise=True, mask_ratio=0.25, mixup=3.0, mixup_probability=0.7)
     items = [batches[step] for step in range(250)]
     drawn = {name: torch.cat([item[name].reshape(8, -1) for item in items]).numpy().squeeze()
              for name in ('gain', 'noise', 'shift', 'bands', 'times', 'draws', 'noise_seed')}
@@ -481,7 +484,7 @@ def test_draws_have_the_distributions_of_the_method(sets):
     mixes = np.array([float(item['mix']) for item in items])
     mixed = mixes < 1
     assert abs(mixed.mean() - 0.7) < 4 * np.sqrt(0.7 * 0.3 / 250)
-    assert kolmogorov(mixes[mixed], sampled(rng.beta(0.8, 0.8, 100000))) < 1.95
+    assert kolmogorov(mixes[mixed], sampled(rng.beta(3, 3, 100000))) < 1.95
     assert len(set(mixes[mixed].tolist())) == mixed.sum()
     every = [float(finetune_batches(sets, mixup=0.8, mixup_probability=1.0)[1][step]['mix']) for step in range(40)]
     assert max(every) < 1 and {float(finetune_batches(sets)[1][step]['mix']) for step in range(20)} == {1.0}
