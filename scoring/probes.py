@@ -76,8 +76,8 @@ def knn_scores(train, train_labels, test, classes, k=10):
     """(N, classes) votes of the k nearest training features by cosine; ties go to the larger summed similarity."""
     train, test = (F.normalize(torch.from_numpy(x).float(), dim=1) for x in (train, test))
     similarity, nearest = (test @ train.T).topk(min(k, len(train)), dim=1)          # (N, k)
-    votes = torch.zeros(len(test), classes)
-    return votes.scatter_add_(1, torch.as_tensor(train_labels).long()[nearest], 1 + similarity * 1e-4).numpy()
+    votes = torch.zeros(len(test), classes, dtype=torch.float64)                    # float32 would round the ties away
+    return votes.scatter_add_(1, torch.as_tensor(train_labels).long()[nearest], 1 + similarity.double() * 1e-4).numpy()
 
 
 def knn_accuracy(train, train_labels, test, test_labels, k=10):
