@@ -97,12 +97,17 @@ def resume(out_dir, model, optimizer, config, input_info, settings, free, proces
 
 
 def load_weights(module, state, path):
-    """Copy a state dict into a module; names, shapes and types must all agree. Raises CheckpointError."""
+    """Copy a state dict into a module; names, shapes and types must all agree, and its numbers be finite. Raises
+    CheckpointError."""
     compare_weights(module, state, path)
     try:
         module.load_state_dict(state)
     except (RuntimeError, NotImplementedError, AttributeError, TypeError) as error:     # sparse, without data, ...
         raise CheckpointError(f'{path}: its weights cannot be copied ({str(error).splitlines()[0][:100]})') from None
+    for name, weight in module.state_dict().items():
+        if not weight.isfinite().all():
+            raise CheckpointError(f'{path}: the weight {name} holds numbers that are not finite: take an earlier '
+                                  'checkpoint')
 
 
 def compare_weights(module, state, path):
@@ -120,3 +125,10 @@ def compare_weights(module, state, path):
     if extra:
         raise CheckpointError(f'{path}: unexpected weight {extra[0]}'
                               + (f' and {len(extra) - 1} more' if len(extra) > 1 else ''))
+
+
+def unwrapped(weights):
+    """Weights by name, without what DistributedDataParallel (module.) and torch.compile (_orig_mod.) put into names."""
+    plain = {'.'.join(part for part in name.split('.') if part not in ('module', '_orig_mod'))
+             if isinstance(name, str) else name: weight for name, weight in weights.items()}
+    return plain if len(plain) == len(weights) else weights

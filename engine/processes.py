@@ -157,6 +157,18 @@ def autocast(process, dtype, width=0):
     return lambda: torch.autocast(process.device.type, torch.bfloat16), dtype
 
 
+def in_float32(*modules):
+    """Let modules of one argument compute in float32 whatever autocast says: a classifier's head, since logits of 8
+    bits rank otherwise."""
+    def outside_autocast(forward):
+        def in_float32(x):
+            with torch.autocast(x.device.type, enabled=False):
+                return forward(x.float())
+        return in_float32
+    for module in modules:
+        module.forward = outside_autocast(module.forward)
+
+
 def cpu_has_bfloat16():
     """Whether the processor multiplies bfloat16 numbers itself; elsewhere they are only slower."""
     try:
