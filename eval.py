@@ -50,8 +50,7 @@ norm_mean = None            # log-mel mean instead of the checkpoint's, or the s
 norm_std = None             # log-mel standard deviation, alike
 batch_size = 64             # clips at a time
 device = 'auto'             # cuda, mps or cpu; auto: the best there is
-dtype = 'auto'              # float32 or bfloat16; auto: a classifier's as it was tuned, if on such a device; else
-                            # bfloat16 on a GPU that has it
+dtype = 'auto'              # float32 or bfloat16; auto: bfloat16 on a GPU that has it
 workers = 0                 # processes that read clips ahead; 0: none
 threads = 0                 # CPU threads; 0: PyTorch's choice
 
@@ -206,7 +205,8 @@ def apply(settings, loaded, process):
     if settings.labels and loaded.classes:
         known, loaded.classes = loaded.classes, [name for _, name in read_label_csv(settings.labels)]
         if len(known) != len(loaded.classes):
-            raise ConfigError(f'{settings.labels} names {len(loaded.classes)} classes, {settings.ckpt} has {len(known)}')
+            raise ConfigError(f'{settings.labels} names {len(loaded.classes)} classes, {settings.ckpt} has '
+                              f'{len(known)}')
     frames = settings.frames
     if settings.window:                                                     # up to the next whole patch, padded
         patch = loaded.config.patch_size
@@ -225,18 +225,11 @@ def with_given_statistics(spectrum, settings):
     return {**spectrum, **{name: float(value) for name, value in given.items() if value is not None}}
 
 
-def precision(settings, loaded, process):
-    """A classifier computes as it was tuned, if on such a device, so that its score is the same."""
-    tuned, dtype = loaded.settings, settings.dtype
-    if dtype == 'auto' and loaded.classifier and tuned.get('device') == process.device.type:
-        dtype = tuned['dtype'] if tuned.get('dtype') in ('float32', 'bfloat16') else dtype
-    return processes.autocast(process, dtype)[0]
-
-
 def run(argv):
     settings = configurator.configure(__file__, argv)
     check(settings)
     process = processes.start(settings.device, settings.threads)
+    autocast, _ = processes.autocast(process, settings.dtype)
     loaded = open_checkpoint(settings.ckpt)
     apply(settings, loaded, process)
     mode = (write_embeddings if settings.embed else classify_files if settings.wav else
@@ -244,7 +237,7 @@ def run(argv):
     if settings.csv_file and mode in (write_embeddings, probe_pretrained):
         raise ConfigError('csv_file is for the scores of a fine-tuned checkpoint: leave it out')
     try:
-        mode(loaded, settings, process, precision(settings, loaded, process))
+        return mode(loaded, settings, process, autocast)
     except NotFiniteError as error:
         raise CheckpointError(f'{settings.ckpt}: {error}: its weights, or what it is told of its input, are damaged or '
                               'too large') from None
