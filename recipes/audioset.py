@@ -65,7 +65,7 @@ def read_class_labels(settings):
 def read_label_csv(path):
     """[(mid, display name)] of AudioSet's class_labels_indices.csv, in the order of its indices. Raises DataError."""
     try:
-        with open(path, encoding='utf-8-sig', newline='') as f:
+        with open(path, encoding='utf-8', newline='') as f:
             rows = [(int(row['index']), row['mid'], row['display_name']) for row in csv.DictReader(f)]
     except (OSError, UnicodeError) as error:
         raise DataError(f'cannot read the labels {path} ({reason_of(error)}); AudioSet\'s are '
