@@ -28,6 +28,13 @@ class Clips:
         self.shards, self.arrays, self.metas = shards, arrays, metas
         self.opened = {}
 
+    @classmethod
+    def of_waves(cls, waves, keys):
+        """Clips in memory, of int16 arrays and their names."""
+        lengths = np.array([len(wave) for wave in waves])
+        return cls([np.concatenate(waves)], {'shard': np.zeros(len(waves), int), 'length': lengths,
+                                             'offset': np.cumsum(lengths) - lengths, 'key': np.array(keys)}, [])
+
     def __len__(self):
         return len(self.arrays['offset'])
 
@@ -57,29 +64,31 @@ class Clips:
         if shard not in self.opened:
             if len(self.opened) == MAX_OPEN_SHARDS:
                 del self.opened[next(iter(self.opened))]
-            self.opened[shard] = np.memmap(self.shards[shard] + '.pcm', dtype=np.int16, mode='r')
+            pcm = self.shards[shard]                                        # the path of a file, or its samples
+            self.opened[shard] = pcm if isinstance(pcm, np.ndarray) else np.memmap(pcm + '.pcm', np.int16, 'r')
         stop = length if count is None else min(length, start + count)
         return np.asarray(self.opened[shard][offset + start:offset + stop])
 
     def windows(self, samples, hop):
         """These clips cut into windows of so many samples, one every hop samples and the last at the clip's end.
 
-        A tail of less than one patch behind the last window is left out. -> Clips with two more arrays: clip, the index
-        of each window's clip, and start, where in it the window begins (samples).
+        A tail of less than one patch behind the last window is left out, unless hop is finer than that. -> Clips with
+        two more arrays: clip, the index of each window's clip, and start, where in it the window begins (samples).
         """
-        tail = np.maximum(self.length - samples - 16 * HOP_SAMPLES, 0)
-        counts = 1 + -(-tail // hop)
+        spare = 16 * HOP_SAMPLES if hop >= 16 * HOP_SAMPLES else 0
+        counts = 1 + -(-np.maximum(self.length - samples - spare, 0) // hop)
         clip = np.repeat(np.arange(len(self)), counts)
         windows = self.select(clip)
         number = np.arange(len(clip)) - np.repeat(np.cumsum(counts) - counts, counts)       # of the window in its clip
         start = np.minimum(number * hop, np.maximum(windows.length - samples, 0))
         windows.arrays.update(clip=clip, start=start, offset=windows.offset + start,
                               length=np.minimum(windows.length - start, samples))
-        windows.opened = self.opened
         return windows
 
     def keys(self):
         """The file names, read from the shards when asked for (they are the larger part of an index)."""
+        if 'key' in self.arrays:
+            return self.key.tolist()
         loaded = {shard: np.load(self.shards[shard] + '.npz')['keys'] for shard in np.unique(self.shard)}
         return [str(loaded[shard][row]) for shard, row in zip(self.shard, self.row)]
 
@@ -272,8 +281,9 @@ def open_test(name, data_dir='data', fold=''):
     if fold:
         return open_clips([name], data_dir, splits, only_fold=fold)
     if not {'test', 'eval'} & set(splits):
-        some_fold = meta['folds'][0] if meta['folds'] else '?'
-        raise DataError(f'{name} has no test split: name a fold to test on, --fold={some_fold}')
+        raise DataError(f'{name} has no test split' + (
+            f': name a fold to test on, --fold={meta["folds"][0]}' if meta['folds'] else
+            ' and no folds: prepare it with a test part, or name another set'))
     return open_clips([name], data_dir, [split for split in splits if split in ('test', 'eval')])
 
 

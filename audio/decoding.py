@@ -149,8 +149,8 @@ def check_rate(rate):
 
 def check_length(samples, rate, max_seconds):
     if samples > max_seconds * rate:
-        raise ValueError(f'longer than {max_seconds / 60:g} minutes')
-    if samples > MAX_SAMPLES:
+        raise ValueError(f'longer than max_minutes = {max_seconds / 60:g}')
+    if samples > max(MAX_SAMPLES, 48000 * max_seconds):
         raise ValueError(f'more than {MAX_SAMPLES:,} samples')
 
 

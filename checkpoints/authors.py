@@ -17,7 +17,7 @@ import zipfile
 
 import torch
 
-from checkpoints.saving import load_weights
+from checkpoints.saving import load_weights, unwrapped
 from engine.errors import CheckpointError
 from model import ASDA, ASDAConfig, Classifier, position_table
 
@@ -190,7 +190,7 @@ def load_pretrained(path, **overrides):
     config = config_from(weights, cfg, path, overrides)
     state = {}
     for part, names, source in (('encoder', ENCODER_NAMES, weights), ('decoder', DECODER_NAMES, weights),
-                                ('teacher', ENCODER_NAMES, teacher)):
+                                ('teacher', ENCODER_NAMES, unwrapped(teacher))):
         state.update({f'{part}.{name}': tensor for name, tensor in renamed(source, names, config, path).items()})
     model = ASDA(config)
     load_weights(model, state, path)
@@ -221,7 +221,7 @@ def model_and_cfg(path):
     stored = read_fairseq(path)
     if not isinstance(stored, dict) or not isinstance(stored.get('model'), dict):
         raise CheckpointError(f'{path} is not a fairseq checkpoint: it has no model')
-    return dict(stored['model']), stored.get('cfg') or stored.get('args')
+    return unwrapped(stored['model']), stored.get('cfg') or stored.get('args')
 
 
 def config_from(weights, cfg, path, overrides):

@@ -8,6 +8,7 @@ import torch
 from audio import WINDOWS
 from checkpoints import authors, saving
 from engine.errors import CheckpointError, ConfigError
+from engine.processes import in_float32
 from model import ASDA, ASDAConfig, Classifier
 
 
@@ -43,26 +44,36 @@ def open_checkpoint(path):
 
 
 def open_ours(path, state):
+    weights = saving.unwrapped(state['model'])
     try:
         config = ASDAConfig(**state['config'])
         spectrum = {'frames': config.frames,
                     **{name: state['input'][name] for name in ('window', 'mean', 'std', 'repeat')}}
-        is_classifier = 'head.weight' in state['model']
+        is_classifier = 'head.weight' in weights
         classes, multi_label = (list(state['classes']), bool(state['multi_label'])) if is_classifier else (None, None)
-        if (spectrum['window'] not in WINDOWS or not isinstance(spectrum['mean'], float)
-                or not isinstance(spectrum['std'], float) or not 0 < spectrum['std'] < math.inf):
+        if (spectrum['window'] not in WINDOWS or not isinstance(spectrum['repeat'], bool)
+                or not all(isinstance(spectrum[name], float) and math.isfinite(spectrum[name])
+                           for name in ('mean', 'std')) or not spectrum['std'] > 0):
             raise ValueError(f'input {spectrum}')
 
         def build():
             return Classifier(config, len(classes)) if is_classifier else ASDA(config)
         with torch.device('meta'):                                          # before memory is spent on absurd sizes
-            saving.compare_weights(build(), state['model'], path)
+            saving.compare_weights(build(), weights, path)
         model = build()
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f'{path} is a damaged checkpoint ({type(error).__name__}: {error})') from None
-    saving.load_weights(model, state['model'], path)
-    return Loaded(model.encoder, model if is_classifier else None, config, spectrum, classes, multi_label,
-                  state['settings'])
+    saving.load_weights(model, weights, path)
+    return loaded(model, spectrum, classes, multi_label, state['settings'])
+
+
+def loaded(model, spectrum, classes=None, multi_label=None, settings=()):
+    """A classifier's head computes in float32: logits of 8 bits rank otherwise."""
+    is_classifier = isinstance(model, Classifier)
+    if is_classifier:
+        in_float32(model.head_norm, model.head)
+    return Loaded(model.encoder, model if is_classifier else None, model.config, spectrum, classes, multi_label,
+                  dict(settings))
 
 
 def open_theirs(path, is_classifier):
@@ -70,11 +81,9 @@ def open_theirs(path, is_classifier):
     unless the number of classes says otherwise."""
     if not is_classifier:
         model = authors.load_pretrained(path)
-        return Loaded(model.encoder, None, model.config,
-                      {'frames': model.config.frames, 'repeat': False, **authors.INPUT}, None, None, {})
+        return loaded(model, {'frames': model.config.frames, 'repeat': False, **authors.INPUT})
     model = authors.load_classifier(path)
     n_classes = model.head.out_features
     spectrum = {'frames': model.config.frames, 'repeat': False,
                 **authors.INPUT_BY_CLASSES.get(n_classes, authors.INPUT)}
-    return Loaded(model.encoder, model, model.config, spectrum, [f'class {i}' for i in range(n_classes)],
-                  n_classes == 527, {})
+    return loaded(model, spectrum, [f'class {i}' for i in range(n_classes)], n_classes == 527)

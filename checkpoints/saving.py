@@ -138,3 +138,10 @@ def compare_weights(module, state, path):
     if extra:
         raise CheckpointError(f'{path}: unexpected weight {extra[0]}'
                               + (f' and {len(extra) - 1} more' if len(extra) > 1 else ''))
+
+
+def unwrapped(weights):
+    """Weights by name, without what DistributedDataParallel (module.) and torch.compile (_orig_mod.) put into names."""
+    plain = {'.'.join(part for part in name.split('.') if part not in ('module', '_orig_mod'))
+             if isinstance(name, str) else name: weight for name, weight in weights.items()}
+    return plain if len(plain) == len(weights) else weights

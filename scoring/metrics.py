@@ -4,6 +4,12 @@ import math
 import numpy as np
 import torch
 
+from engine.errors import DataError
+
+
+class NotFiniteError(DataError):
+    """A model's output holds NaN or infinity, of which no score and no file is made."""
+
 
 def ranking_scores(is_positive, scores):
     """How well the scores (N,) of one class rank its positives (N,) bool: average precision and area under the ROC
@@ -25,8 +31,10 @@ def metrics(logits, targets, multi_label):
     accuracy, or average precision and area under the ROC curve. targets (N, classes), logits alike.
 
     Means are over the classes that have a positive (and a negative); d-prime is sqrt(2) times the normal quantile of
-    mAUC, as usual for AudioSet.
+    mAUC, as usual for AudioSet. Raises NotFiniteError.
     """
+    if not np.isfinite(logits).all():
+        raise NotFiniteError('the outputs to score are not finite')
     if multi_label:
         columns = zip(np.ascontiguousarray(targets.T) > 0, np.ascontiguousarray(logits.T))
         rows = [(int(positive.sum()), *ranking_scores(positive, scores)) for positive, scores in columns]
@@ -42,6 +50,18 @@ def metrics(logits, targets, multi_label):
             for c in range(targets.shape[1])]
     right = int((guesses == labels).sum())
     return {'accuracy': right / len(labels), 'right': right, 'clips': len(labels)}, rows
+
+
+def probabilities(logits, multi_label):
+    """Logits (N, classes) -> probabilities of every class alone, or of one among them."""
+    logits = torch.from_numpy(logits)
+    return (logits.sigmoid() if multi_label else logits.softmax(dim=1)).numpy()
+
+
+def mean_of_windows(values, clip):
+    """(windows, classes) -> (clips, classes); clip (windows,) in rising order."""
+    first = np.flatnonzero(np.diff(clip, prepend=-1))
+    return np.add.reduceat(values, first, axis=0) / np.diff(first, append=len(clip))[:, None]
 
 
 def describe(scores):

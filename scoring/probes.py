@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 import data
 from audio import frames_in
-from scoring.metrics import metrics
+from scoring.metrics import NotFiniteError, metrics
 
 PROBE_L2 = tuple(10.0 ** k for k in range(-5, 2))       # strengths that the linear probe chooses from
 
@@ -18,7 +18,7 @@ PROBE_L2 = tuple(10.0 ** k for k in range(-5, 2))       # strengths that the lin
 def over_clips(function, clips, spectrum, process, autocast, batch_size=64, workers=0, title=''):
     """[arrays of all clips, ...] from function(spec, lengths) -> tuple of tensors with a row per clip.
 
-    The batches are shared out among the processes, and every process gets the whole result.
+    The batches are shared out among the processes, and every process gets the whole result. Raises NotFiniteError.
     """
     batches = data.OrderedBatches(clips, spectrum['frames'], batch_size)
     mine = range(process.rank, len(batches), process.world)
@@ -33,6 +33,11 @@ def over_clips(function, clips, spectrum, process, autocast, batch_size=64, work
             found.append([part.float().cpu().numpy() for part in function(spec, lengths)])
     shared = process.gather(found)
     in_order = [shared[k % process.world][k // process.world] for k in range(len(batches))]
+    for k, parts in enumerate(in_order):
+        finite = np.all([np.isfinite(part).reshape(len(part), -1).all(axis=1) for part in parts], axis=0)
+        if not finite.all():
+            at = k * batch_size + int(finite.argmin())
+            raise NotFiniteError(f'what comes out for {clips.select([at]).keys()[0]} is not finite')
     return [np.concatenate(parts) for parts in zip(*in_order)]
 
 
@@ -40,9 +45,26 @@ def features(encoder, clips, spectrum, process, autocast, **how):
     """Frozen features of clips -> CLS (N, D), mean over the patches that hold sound (N, D)."""
     def pooled(spec, lengths):
         x = encoder(spec)                                                   # (B, 1 + P, D)
-        real = patches_with_sound(lengths, x.shape[1] - 1, encoder.config)[:, :, None]
-        return x[:, 0], (x[:, 1:].float() * real).sum(dim=1) / real.sum(dim=1)
+        return x[:, 0], mean_of_sound(x[:, 1:].float(), lengths, encoder.config)
     return over_clips(pooled, clips, spectrum, process, autocast, **how)
+
+
+def embeddings(encoder, clips, spectrum, process, autocast, **how):
+    """The same, and every patch (N, P, D), time-major, and the number of real frames (N,). Raises NotFiniteError also
+    for patches that float16 cannot hold."""
+    def everything(spec, lengths):
+        x = encoder(spec).float()
+        return x[:, 0], mean_of_sound(x[:, 1:], lengths, encoder.config), x[:, 1:], frames_in(lengths)
+    found = over_clips(everything, clips, spectrum, process, autocast, **how)
+    if max(found[2].max(), -found[2].min()) > np.finfo(np.float16).max:
+        raise NotFiniteError('patch embeddings that float16 cannot hold')
+    return found
+
+
+def mean_of_sound(patches, lengths, config):
+    """(B, P, D) -> (B, D): without the patches of padding."""
+    real = patches_with_sound(lengths, patches.shape[1], config)[:, :, None]
+    return (patches * real).sum(dim=1) / real.sum(dim=1)
 
 
 def patches_with_sound(lengths, n_patches, config):

@@ -1,6 +1,8 @@
 """Metrics against scikit-learn, probes, and every mode of eval.py.   python -m pytest tests/test_eval.py"""
 import csv
+import json
 import os
+import pickle
 import shutil
 import time
 from statistics import NormalDist
@@ -14,11 +16,14 @@ from sklearn.neighbors import KNeighborsClassifier
 
 import data
 import eval as evaluation
-from audio import frames_in, samples_for
-from audio.clips import Clips, open_clips
+import finetune
+from audio import decoding, frames_in, samples_for
+from audio.clips import Clips, open_clips, open_test
+from audio.files import named_files
 from checkpoints.opening import open_checkpoint
 from engine import processes
-from scoring.metrics import describe, metrics, ranking_scores
+from engine.errors import CheckpointError, DataError
+from scoring.metrics import NotFiniteError, describe, metrics, ranking_scores
 from scoring.probes import (
     PROBE_L2,
     effective_rank,
@@ -28,6 +33,7 @@ from scoring.probes import (
     knn_scores,
     linear_probe,
     log_mel_statistics,
+    predict,
 )
 
 from .conftest import ROOT, SHARED, call, is_one_line_error, needs_shared, write_wav
@@ -86,6 +92,11 @@ def test_accuracy_counts():
     result, rows = metrics(logits, labels, False)
     assert (result['right'], result['clips'], result['accuracy']) == (4, 5, 0.8) and rows[2] == (2, 0.5)
     assert describe(result) == 'accuracy 80.0% (4 of 5)'
+
+
+def table(path):
+    with open(path, newline='', encoding='utf-8', errors='surrogateescape') as f:
+        return list(csv.DictReader(f))
 
 
 def blobs(seed, n=150, classes=4, d=10, spread=2.0):
@@ -249,7 +260,7 @@ def test_a_set_is_windowed_when_asked(straight, data_dir, tmp_path):            
     assert longer and f'{longer} clips are longer than the input' in first.out
     result = call(evaluation.run, *common, '--hop=0.3')
     assert result.code == 0 and 'are longer' not in result.out, result.err
-    with open(tmp_path / 'windows.csv', newline='') as f:
+    with open(tmp_path / 'classes-windows.csv', newline='') as f:
         rows = list(csv.DictReader(f))
     assert {row['clip'] for row in rows} == set(test.keys()) and len(rows) > len(test)
     right = 0
@@ -262,14 +273,41 @@ def test_a_set_is_windowed_when_asked(straight, data_dir, tmp_path):            
 
 
 @pytest.mark.parametrize('length, hop, starts', [
-    (900, 1000, [0]), (3500, 1000, [0]), (3600, 1000, [0, 1000]), (10000, 4000, [0, 4000, 8000]),
-    (12000, 4000, [0, 4000, 8000, 11000]), (7000, 500, [0, 500, 1000, 1500, 2000, 2500, 3000, 3500])])
+    (900, 4000, [0]), (3500, 4000, [0]), (3600, 4000, [0, 2600]), (10000, 4000, [0, 4000, 8000]),
+    (12000, 4000, [0, 4000, 8000, 11000]), (7000, 2560, [0, 2560, 5120]), (6120, 2560, [0, 2560]),
+    (6121, 2560, [0, 2560, 5120]),
+    (900, 1000, [0]), (1000, 500, [0]), (1010, 500, [0, 10]), (3500, 1000, [0, 1000, 2000, 2500]),
+    (3000, 800, [0, 800, 1600, 2000]), (3559, 2559, [0, 2559])])
 def test_windows_cover_a_clip_but_for_a_tail_shorter_than_a_patch(length, hop, starts):
-    clips = Clips([], {'offset': np.array([0, 50]), 'length': np.array([length, 10])}, [])
+    """With a hop that is finer than a patch (2,560 samples) they cover all of it."""
+    clips = Clips.of_waves([np.arange(length, dtype=np.int16), np.arange(10, dtype=np.int16)], ['a', 'b'])
     windows = clips.windows(1000, hop)
     assert windows.start.tolist() == [*starts, 0] and windows.clip.tolist() == [0] * len(starts) + [1]
     assert windows.length.tolist() == [min(length, 1000)] * len(starts) + [10]
-    assert windows.offset.tolist() == [*starts, 50]
+    assert [windows.read(i)[0] for i in range(len(windows))] == windows.start.tolist()
+
+
+def test_a_hop_finer_than_a_patch_reaches_the_end(straight, tmp_path):                      # noqa: F811
+    """1.15 s, window 1 s, hop 0.05 s: four windows, not one."""
+    write_wav(str(tmp_path / 'a.wav'), 0.3 * np.sin(np.arange(18400) / 5))
+    result = call(evaluation.run, f'--ckpt={straight}/best.pt', f'--wav={tmp_path}/a.wav', '--window=1', '--hop=0.05',
+                  f'--csv_file={tmp_path}/when.csv')
+    assert result.code == 0, result.err
+    assert [(row['start'], row['end']) for row in table(tmp_path / 'when.csv')] == [
+        ('0.000', '1.000'), ('0.050', '1.050'), ('0.100', '1.100'), ('0.150', '1.150')]
+
+
+def test_clips_in_memory_can_be_selected_cut_pickled_and_named():
+    rng = np.random.default_rng(0)
+    waves = [rng.integers(-9, 9, n).astype(np.int16) for n in (500, 700, 3000)]
+    clips = pickle.loads(pickle.dumps(Clips.of_waves(waves, ['a', 'b/\udcff', 'c'])))
+    chosen = pickle.loads(pickle.dumps(clips.select([2, 0])))
+    assert chosen.keys() == ['c', 'a'] and clips.select(clips.length == 700).keys() == ['b/\udcff']
+    np.testing.assert_array_equal(chosen.read(0, 100, 50), waves[2][100:150])
+    windows = pickle.loads(pickle.dumps(chosen.windows(1000, 1000)))
+    assert windows.keys() == ['c', 'c', 'c', 'a']
+    np.testing.assert_array_equal(windows.read(1), waves[2][1000:2000])
+    np.testing.assert_array_equal(windows.read(3), waves[0])
 
 
 @pytest.mark.parametrize('file', ['authors_tiny_finetune.pt', 'eat_tiny_finetune.pt'])
@@ -342,14 +380,331 @@ def test_a_damaged_real_file_is_named(straight, tmp_path):                      
     (['--ckpt={tuned}', '--batch_size=0'], ['batch_size']),
     (['--ckpt={tuned}', '--window=1', '--frames=64'], ['--window', '--frames']),
     (['--ckpt={tuned}', '--window=0.001'], ['window = 0.001']), (['--ckpt={tuned}', '--hop=-1'], ['hop']),
-    (['--ckpt={tuned}', '--csv_file={tmp}'], ['{tmp}']),
+    (['--ckpt={tuned}', '--csv_file={tmp}/x.csv'], ['x.csv', 'folder']),
+    (['--ckpt={pretrained}', '--dataset=noises', '--csv_file=x.csv'], ['csv_file']),
+    (['--ckpt={pretrained}', '--dataset=noises', '--embed=y.npz', '--csv_file=x.csv'], ['csv_file']),
+    (['--ckpt={tuned}', '--wav={tmp}/short.wav', '--max_minutes=0'], ['max_minutes']),
+    (['--ckpt={tuned}', '--wav={tmp}/x.csv'], ['x.csv holds no audio file']),
     (['--ckpt={tuned}', '--wav={tmp}/short.wav'], ['short.wav', 'shorter than one window'])])
 def test_bad_input(straight, pretrained, data_dir, tmp_path, argv, words):                  # noqa: F811
     (tmp_path / 'junk.pt').write_bytes(b'nothing of use' * 100)
     write_wav(str(tmp_path / 'short.wav'), np.zeros(300))
+    (tmp_path / 'x.csv').mkdir()
     argv = [argument.format(tmp=tmp_path, pretrained=pretrained, tuned=f'{straight}/best.pt') for argument in argv]
     words = [word.format(tmp=tmp_path) for word in words]
     assert is_one_line_error(call(evaluation.run, f'--data_dir={data_dir}', *argv), *words)
+
+
+# ------------------------------------------------------------------------------------------- what is read and written
+
+def tones(folder, *names):
+    for k, name in enumerate(names):
+        write_wav(f'{folder}/{name}', 0.3 * np.sin(np.arange(20000 + 1000 * k) / 5))
+
+
+def test_every_set_fold_and_checkpoint_has_its_own_tables(straight, data_dir, tmp_path):     # noqa: F811
+    """Beside the checkpoint: classes-SET[-fold-FOLD]-CKPT.csv, and -windows.csv; none is overwritten by another."""
+    shutil.copytree(straight, tmp_path / 'run')
+    for name in ('noises', 'others/1'):
+        shutil.copytree(os.path.join(data_dir, 'noises'), tmp_path / 'data' / name)
+    for folder, folds in (('noises', 2), ('others/1', 1)):
+        for file in ('train-00000.npz', 'test-00000.npz'):
+            path = tmp_path / 'data' / folder / file
+            index = dict(np.load(path))
+            np.savez(path, **{**index, 'folds': (np.arange(len(index['folds'])) % folds).astype(index['folds'].dtype)})
+        meta = tmp_path / 'data' / folder / 'meta.json'
+        meta.write_text(meta.read_text().replace('"folds": []', '"folds": ["a/1", "b"]'))
+    seen = {}
+    for ckpt in ('best', 'ckpt'):
+        for options in ([], ['--fold=a/1'], ['--fold=b'], ['--dataset=others/1'], ['--dataset=others/1', '--fold=a/1'],
+                        ['--hop=0.3']):
+            result = call(evaluation.run, f'--ckpt={tmp_path}/run/{ckpt}.pt', f'--data_dir={tmp_path}/data', *options)
+            assert result.code == 0, result.err
+            path = result.out.split('per class: ')[1].split('\n')[0].split('; of ')[0]
+            seen[path] = sum(int(row['clips']) for row in table(path))
+    names = sorted({os.path.basename(path) for path in seen})
+    assert names == sorted(f'classes-{part}-{ckpt}.csv' for ckpt in ('best', 'ckpt') for part in (
+        'noises', 'noises-fold-a%2F1', 'noises-fold-b', 'others%2F1', 'others%2F1-fold-a%2F1'))
+    files = sorted(file for file in os.listdir(tmp_path / 'run') if file.endswith('.csv'))
+    assert files == sorted([*names, 'classes-noises-best-windows.csv', 'classes-noises-ckpt-windows.csv'])
+    assert len(set(seen.values())) > 2
+    assert seen == {path: sum(int(row['clips']) for row in table(path)) for path in seen}
+
+
+def test_the_score_is_printed_before_its_table_is_written(straight, data_dir, tmp_path, monkeypatch):   # noqa: F811
+    def full(*_):
+        raise OSError(28, 'No space left on device', 'classes.csv')
+    monkeypatch.setattr(evaluation, 'write_classes', full)
+    result = call(evaluation.run, f'--ckpt={straight}/best.pt', f'--data_dir={data_dir}',
+                  f'--csv_file={tmp_path}/classes.csv')
+    assert is_one_line_error(result, 'classes.csv', 'No space left') and 'on noises: accuracy ' in result.out
+
+
+@pytest.mark.parametrize('mode', ['embed', 'csv_file', 'csv_of_set'])
+def test_outputs_never_overwrite_inputs_nor_fail_late(straight, data_dir, tmp_path, mode, monkeypatch):     # noqa: F811
+    """Refused in one line before anything is encoded, whatever the name by which the input is called."""
+    ending = '.npz' if mode == 'embed' else '.csv'
+    ckpt, sound = tmp_path / f'ckpt{ending}', tmp_path / f'sound{ending}'
+    shutil.copy(f'{straight}/best.pt', ckpt)
+    tones(tmp_path, 'a.wav')
+    os.replace(tmp_path / 'a.wav', sound)
+    shutil.copytree(os.path.join(data_dir, 'noises'), tmp_path / 'noises')
+    (tmp_path / 'folder').mkdir()
+    (tmp_path / f'made{ending}').mkdir()
+    os.symlink(tmp_path, tmp_path / 'link')
+    os.symlink(ckpt, tmp_path / f'linked{ending}')
+    os.link(sound, tmp_path / f'hard{ending}')
+    shutil.copy(ckpt, tmp_path / f'x{ending}.tmp')
+    source = ['--dataset=noises', f'--data_dir={tmp_path}'] if mode == 'csv_of_set' else [f'--wav={sound}']
+    bad = {str(ckpt): 'overwrite', f'{tmp_path}/folder/../ckpt{ending}': 'overwrite',
+           f'{tmp_path}/link/ckpt{ending}': 'overwrite', f'{tmp_path}/linked{ending}': 'overwrite',
+           f'{tmp_path}/made{ending}': 'folder', f'{tmp_path}/x.txt': f'must end in {ending}',
+           str(tmp_path / 'ckpt.pt'): f'must end in {ending}', f'{sound}/x{ending}': 'cannot be written',
+           f'{tmp_path}/{"n" * 300}{ending}': 'cannot be written'}
+    if mode == 'csv_of_set':
+        bad.update({f'{tmp_path}/noises/x.csv': 'overwrite', f'{tmp_path}/link/noises/new/x.csv': 'overwrite'})
+    else:
+        bad.update({str(sound): 'overwrite', f'{tmp_path}/hard{ending}': 'overwrite'})
+    before = {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
+
+    def encoded(*_, **__):
+        raise AssertionError('something was encoded')
+    for name in ('predict', 'embeddings'):
+        monkeypatch.setattr(evaluation, name, encoded)
+    option = '--embed' if mode == 'embed' else '--csv_file'
+    for path, word in bad.items():
+        assert is_one_line_error(call(evaluation.run, f'--ckpt={ckpt}', *source, f'{option}={path}'), word), path
+    assert is_one_line_error(call(evaluation.run, f'--ckpt={tmp_path}/x{ending}.tmp', *source,
+                                  f'{option}={tmp_path}/x{ending}'), 'overwrite')
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
+
+
+def test_embeddings_of_a_set_stay_out_of_its_folder(straight, data_dir, tmp_path):           # noqa: F811
+    shutil.copytree(os.path.join(data_dir, 'noises'), tmp_path / 'noises')
+    before = (tmp_path / 'noises' / 'train-00000.npz').read_bytes()
+    for name in ('train-00000.npz', 'train-00001.npz'):
+        assert is_one_line_error(call(evaluation.run, f'--ckpt={straight}/best.pt', '--dataset=noises',
+                                      f'--data_dir={tmp_path}', f'--embed={tmp_path}/noises/{name}'), name, 'overwrite')
+    assert (tmp_path / 'noises' / 'train-00000.npz').read_bytes() == before
+
+
+def test_embeddings_keep_their_name(straight, tmp_path):                                     # noqa: F811
+    tones(tmp_path, 'a.wav')
+    result = call(evaluation.run, f'--ckpt={straight}/best.pt', f'--wav={tmp_path}/a.wav',
+                  f'--embed={tmp_path}/new/b.c.NPZ')
+    assert result.code == 0, result.err
+    assert os.listdir(tmp_path / 'new') == ['b.c.NPZ'] and np.load(tmp_path / 'new' / 'b.c.NPZ')['cls'].shape == (1, 32)
+
+
+def test_names_with_commas_folders_and_both(tmp_path):
+    tones(tmp_path, 'a.wav', 'b,c.wav', 'd,e,f.wav', 'in, here/z.wav', 'in, here/deep/y.wav')
+    (tmp_path / 'in, here' / 'no audio.txt').write_text('x')
+    root = str(tmp_path)
+    inside = [f'{root}/in, here/deep/y.wav', f'{root}/in, here/z.wav']
+    for text, want in ((f'{root}/b,c.wav', [f'{root}/b,c.wav']),
+                       (f'{root}/a.wav, {root}/b,c.wav,{root}/d,e,f.wav ,',
+                        [f'{root}/a.wav', f'{root}/b,c.wav', f'{root}/d,e,f.wav']),
+                       (f'{root}/in, here', inside), (f'{root}/in, here,{root}/a.wav', [*inside, f'{root}/a.wav']),
+                       (f'{root}/absent.wav,{root}/b,c.wav', [f'{root}/absent.wav', f'{root}/b,c.wav']),
+                       (f'{root}/b,d.wav', [f'{root}/b', 'd.wav'])):
+        assert named_files(text) == want, text
+    tones(tmp_path, 'a.wav,b.wav', 'b.wav')                                 # all of it is a name
+    assert named_files(f'{root}/a.wav,b.wav') == [f'{root}/a.wav,b.wav']
+
+
+def test_a_folder_is_classified_file_by_file(straight, tmp_path):                           # noqa: F811
+    tones(tmp_path, 'b.wav', 'a.wav', 'more/c,d.wav')
+    (tmp_path / 'list.txt').write_text('x')
+    result = call(evaluation.run, f'--ckpt={straight}/best.pt', f'--wav={tmp_path}', f'--csv_file={tmp_path}/x.csv',
+                  '--workers=1')
+    assert result.code == 0, result.err
+    want = [f'{tmp_path}/{name}' for name in ('a.wav', 'b.wav', 'more/c,d.wav')]
+    assert [line.split(':  ')[0] for line in result.out.splitlines()[:3]] == want
+    alone = call(evaluation.run, f'--ckpt={straight}/best.pt', f'--wav={want[2]}').out.strip()
+    assert alone == result.out.splitlines()[2] and sorted({row['clip'] for row in table(tmp_path / 'x.csv')}) == want
+
+
+@pytest.mark.parametrize('mode', ['classes', 'embed'])
+def test_a_bad_file_does_not_end_the_call_for_the_others(straight, tmp_path, mode):          # noqa: F811
+    """It is named where it stands; the exit code is 2 and the last line counts."""
+    tones(tmp_path, 'a.wav', 'c.wav')
+    (tmp_path / 'b.wav').write_bytes(b'nothing of use')
+    option = f'--embed={tmp_path}/x.npz' if mode == 'embed' else f'--csv_file={tmp_path}/x.csv'
+    result = call(evaluation.run, f'--ckpt={straight}/best.pt',
+                  f'--wav={tmp_path}/a.wav,{tmp_path}/b.wav,{tmp_path}/absent.wav,{tmp_path}/c.wav', option)
+    assert is_one_line_error(result, '2 of 4 files could not be read', f'{tmp_path}/b.wav')
+    lines = result.out.splitlines()
+    assert [f'{tmp_path}/{name}' in line for line, name in zip(lines, ('b.wav', 'absent.wav'))] == [True, True]
+    assert all(line.startswith('left out: cannot read ') for line in lines[:2])
+    want = [f'{tmp_path}/a.wav', f'{tmp_path}/c.wav']
+    if mode == 'embed':
+        assert np.load(tmp_path / 'x.npz')['names'].tolist() == want
+    else:
+        assert [line.split(':  ')[0] for line in lines[2:4]] == want
+        assert list(dict.fromkeys(row['clip'] for row in table(tmp_path / 'x.csv'))) == want
+    none = call(evaluation.run, f'--ckpt={straight}/best.pt', f'--wav={tmp_path}/b.wav,{tmp_path}/absent.wav',
+                option.replace('/x.', '/y.'))
+    assert is_one_line_error(none, '2 of 2 files') and not [file for file in os.listdir(tmp_path) if file[:2] == 'y.']
+
+
+def test_how_long_a_file_may_be_is_a_setting(straight, tmp_path, monkeypatch):               # noqa: F811
+    write_wav(str(tmp_path / 'a.wav'), 0.3 * np.sin(np.arange(32000) / 5))
+    base = [f'--ckpt={straight}/best.pt', f'--wav={tmp_path}/a.wav']
+    assert is_one_line_error(call(evaluation.run, *base, '--max_minutes=0.03'), 'a.wav', 'max_minutes = 0.03')
+    assert call(evaluation.run, *base, '--max_minutes=0.04').code == 0
+    monkeypatch.setattr(decoding, 'MAX_SAMPLES', 1000)                      # of memory, whatever the setting allows
+    assert call(evaluation.run, *base, '--max_minutes=0.04').code == 0
+    write_wav(str(tmp_path / 'a.wav'), 0.3 * np.sin(np.arange(384000) / 5), rate=192000)
+    assert is_one_line_error(call(evaluation.run, *base, '--max_minutes=0.04'), 'a.wav', 'more than')
+
+
+def test_a_label_file_may_begin_with_a_byte_order_mark(tmp_path):
+    tones(tmp_path, 'a.wav')
+    with open(tmp_path / 'labels.csv', 'w', newline='', encoding='utf-8-sig') as f:
+        csv.writer(f).writerows([['index', 'mid', 'display_name'], *([i, f'/m/{i}', f'Grün {i}'] for i in range(10))])
+    result = call(evaluation.run, f'--ckpt={FIXTURES}/eat_tiny_finetune.pt', f'--wav={tmp_path}/a.wav',
+                  f'--labels={tmp_path}/labels.csv')
+    assert result.code == 0 and result.out.count('Grün ') == 5, result.err
+
+
+def test_a_set_without_test_split_and_folds_says_so(straight, data_dir):                    # noqa: F811
+    with pytest.raises(DataError, match='no test split and no folds') as error:
+        open_test('demo_train', os.path.dirname(make_without_test(data_dir)))
+    assert '?' not in str(error.value)
+
+
+def make_without_test(data_dir):
+    folder = os.path.join(data_dir, 'no_test', 'demo_train')
+    shutil.copytree(os.path.join(data_dir, 'noises'), folder, dirs_exist_ok=True)
+    with open(os.path.join(folder, 'meta.json')) as f:
+        meta = json.load(f)
+    del meta['splits']['test']
+    with open(os.path.join(folder, 'meta.json'), 'w') as f:
+        json.dump(meta, f)
+    return folder
+
+
+# ------------------------------------------------------------------------------ prefixes, precision, what is not finite
+
+@pytest.mark.parametrize('prefix', ['module.', '_orig_mod.', '_orig_mod.module.', 'module._orig_mod.'])
+def test_wrapped_names_are_read(straight, pretrained, tmp_path, prefix):                    # noqa: F811
+    """Ours and the authors', of either stage: the weights of the plain file."""
+    for number, path in enumerate((pretrained, f'{straight}/best.pt', f'{FIXTURES}/authors_tiny_pretrain.pt',
+                                   f'{FIXTURES}/eat_tiny_finetune.pt')):
+        state = torch.load(path, weights_only=True)
+        state['model'] = {prefix + name: weight for name, weight in state['model'].items()}
+        torch.save(state, tmp_path / 'wrapped.pt')
+        plain, wrapped = open_checkpoint(path), open_checkpoint(str(tmp_path / 'wrapped.pt'))
+        assert (plain.classifier is None) == (wrapped.classifier is None) == (number in (0, 2))
+        for a, b in zip((plain.classifier or plain.encoder).state_dict().items(),
+                        (wrapped.classifier or wrapped.encoder).state_dict().items()):
+            assert a[0] == b[0] and torch.equal(a[1], b[1])
+    state['model']['x'] = state['model'][f'{prefix}x'] = torch.zeros(1)
+    torch.save(state, tmp_path / 'wrapped.pt')
+    with pytest.raises(CheckpointError, match='wrapped.pt'):
+        open_checkpoint(str(tmp_path / 'wrapped.pt'))
+
+
+NAN_WEIGHTS = {'pretrained': 'encoder.blocks.0.attn.qk.weight', 'tuned': 'head.bias',
+               'authors_tiny_pretrain.pt': 'blocks.1.mlp.fc1.weight', 'eat_tiny_finetune.pt': 'head.weight',
+               'authors_tiny_finetune.pt': 'model.modality_encoders.IMAGE.extra_tokens',
+               'eat_tiny_pretrain.pt': 'blocks.0.attn.qkv.bias'}
+OURS = {'blocks.1.mlp.fc1.weight': 'blocks.1.mlp.0.weight', 'blocks.0.attn.qkv.bias': 'blocks.0.attn.qk.bias',
+        'model.modality_encoders.IMAGE.extra_tokens': 'encoder.cls'}
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('-inf')])
+@pytest.mark.parametrize('kind', NAN_WEIGHTS)
+def test_a_weight_that_is_not_finite_is_named(straight, pretrained, data_dir, tmp_path, kind, value):       # noqa: F811
+    """In every mode, and in a fine-tuning from it; nothing is written."""
+    path, weight = {'pretrained': pretrained, 'tuned': f'{straight}/best.pt'}.get(kind, f'{FIXTURES}/{kind}'), None
+    weight = NAN_WEIGHTS[kind]
+    state = torch.load(path, weights_only=True)
+    state['model'][weight].view(-1)[3 % state['model'][weight].numel()] = value
+    torch.save(state, tmp_path / 'odd.pt')
+    tones(tmp_path, 'a.wav')
+    for run, options in ((evaluation.run, ['--dataset=noises']), (evaluation.run, [f'--wav={tmp_path}/a.wav']),
+                         (evaluation.run, [f'--wav={tmp_path}/a.wav', f'--embed={tmp_path}/x.npz']),
+                         (finetune.run, ['--dataset=noises', '--device=cpu', f'--out_dir={tmp_path}/out'])):
+        result = call(run, f'--ckpt={tmp_path}/odd.pt', f'--data_dir={data_dir}', *options)
+        assert is_one_line_error(result, 'odd.pt', OURS.get(weight, weight), 'finite')
+    assert not [file for file in os.listdir(tmp_path) if file not in ('odd.pt', 'a.wav', 'out')]
+    assert not [file for _, _, files in os.walk(tmp_path / 'out') for file in files if file != '.lock']
+
+
+@pytest.mark.parametrize('kind', ['weight of 1e30', 'lambda', 'mean'])
+def test_outputs_that_are_not_finite_give_no_score_and_no_file(straight, pretrained, data_dir, tmp_path, kind):  # noqa: F811
+    """Finite weights can be too large, and a checkpoint holds other numbers than weights."""
+    tones(tmp_path, 'a.wav')
+    for path in (pretrained, f'{straight}/best.pt'):
+        state = torch.load(path, weights_only=True)
+        if kind == 'weight of 1e30':
+            state['model']['encoder.norm.weight'].fill_(1e30)
+            state['model']['encoder.norm.bias'].fill_(3e38)
+            state['model']['encoder.norm.weight'][:2] = 3.4e38
+            state['model'].update({name: weight.fill_(3e38) for name, weight in state['model'].items()
+                                   if name in ('head.weight', 'head_norm.weight')})
+        elif kind == 'lambda':
+            state['config']['attn_scale'] = float('nan')
+        else:
+            state['input']['mean'] = float('nan')
+        torch.save(state, tmp_path / 'odd.pt')
+        base = [f'--ckpt={tmp_path}/odd.pt', f'--data_dir={data_dir}']
+        if 'best' in path:
+            csv_file = f'--csv_file={tmp_path}/x.csv'
+            for options in (['--dataset=noises'], ['--dataset=noises', '--hop=0.3'], [f'--wav={tmp_path}/a.wav']):
+                result = call(evaluation.run, *base, *options, csv_file)
+                assert is_one_line_error(result, 'odd.pt') and ' nan' not in result.out
+        else:
+            assert is_one_line_error(call(evaluation.run, *base, '--dataset=noises'), 'odd.pt')
+        for options in ([f'--wav={tmp_path}/a.wav'], ['--dataset=noises']):
+            assert is_one_line_error(call(evaluation.run, *base, *options, f'--embed={tmp_path}/x.npz'), 'odd.pt')
+        assert sorted(os.listdir(tmp_path)) == ['a.wav', 'odd.pt']
+
+
+def test_patches_that_float16_cannot_hold_are_not_written(pretrained, tmp_path):            # noqa: F811
+    state = torch.load(pretrained, weights_only=True)
+    state['model']['encoder.blocks.1.norm2.weight'] *= 1e6
+    torch.save(state, tmp_path / 'odd.pt')
+    tones(tmp_path, 'a.wav')
+    assert is_one_line_error(call(evaluation.run, f'--ckpt={tmp_path}/odd.pt', f'--wav={tmp_path}/a.wav',
+                                  f'--embed={tmp_path}/x.npz'), 'odd.pt', 'float16')
+    assert not os.path.exists(tmp_path / 'x.npz')
+
+
+@pytest.mark.parametrize('multi_label', [False, True])
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+def test_no_metric_of_outputs_that_are_not_finite(multi_label, value):
+    logits, targets = np.zeros((4, 3), np.float32), np.eye(3, dtype=np.float32)[[0, 1, 2, 0]]
+    logits[2, 1] = value
+    with pytest.raises(NotFiniteError, match='not finite'):
+        metrics(logits, targets, multi_label)
+
+
+def test_the_head_computes_in_float32(straight, data_dir, tmp_path):                        # noqa: F811
+    """In bfloat16 logits have 8 bits, and rank otherwise: here all clips tie but for float32."""
+    loaded = open_checkpoint(f'{straight}/best.pt')
+    with torch.no_grad():
+        loaded.classifier.head.bias.fill_(1000.0)
+    clips = open_clips(['noises'], data_dir, ['train', 'test'])
+    autocast = processes.autocast(CPU, 'bfloat16')[0]
+    logits = predict(loaded.classifier, clips, loaded.spectrum, CPU, autocast)
+    assert logits.dtype == np.float32 and len(np.unique(logits[:, 0])) > len(clips) // 2
+    features = []
+    handle = loaded.classifier.head_norm.register_forward_hook(lambda module, args, x: features.append((args[0], x)))
+    predict(loaded.classifier, clips, loaded.spectrum, CPU, autocast, batch_size=len(clips))
+    handle.remove()
+    (pooled, normed), = features
+    classifier = loaded.classifier
+    want = torch.nn.functional.layer_norm(pooled.float(), pooled.shape[1:], classifier.head_norm.weight,
+                                          classifier.head_norm.bias, classifier.head_norm.eps)
+    torch.testing.assert_close(normed, want)
+    with torch.no_grad():
+        want = normed @ classifier.head.weight.T + classifier.head.bias
+    torch.testing.assert_close(torch.from_numpy(logits), want)
+    labels = np.eye(2)[clips.label]
+    result, _ = metrics(logits, labels, True)
+    assert result['mAP'] == pytest.approx(average_precision_score(labels, logits), abs=1e-9)
 
 
 # -------------------------------------------------------------------------------------------------- hostile checkpoints
@@ -389,6 +744,10 @@ def tampered(state, kind):
         state['config']['diff_lambda'] = 'a'
     elif kind == 'no spread':
         state['input']['std'] = 0.0
+    elif kind == 'no mean':
+        state['input']['mean'] = float('nan')
+    elif kind == 'odd repeat':
+        state['input']['repeat'] = torch.ones(3)
     elif kind == 'number for a name':
         state['model'][7] = torch.zeros(3)
     elif kind == 'sparse weight':
@@ -399,7 +758,7 @@ def tampered(state, kind):
 @pytest.mark.parametrize('kind', ['missing weight', 'extra weight', 'other shape', 'integers', 'no tensor',
                                   'other config', 'odd config', 'unknown field', 'no config', 'no input',
                                   'later version', 'version of tensors', 'absurd size', 'text for a number',
-                                  'no spread', 'number for a name', 'sparse weight'])
+                                  'no spread', 'no mean', 'odd repeat', 'number for a name', 'sparse weight'])
 def test_a_tampered_checkpoint_is_named(pretrained, data_dir, tmp_path, kind):              # noqa: F811
     state = tampered(torch.load(pretrained, weights_only=True), kind)
     torch.save(state, tmp_path / 'odd.pt')

@@ -1,7 +1,12 @@
 """The experiments' script on a tiny task.   python -m pytest tests/test_results.py"""
+import json
 import os
+import shutil
+import types
 
+import numpy as np
 import pytest
+import torch
 
 from tools import results
 
@@ -9,28 +14,125 @@ from .conftest import call, is_one_line_error
 from .test_finetune import RUN as FINETUNE
 from .test_finetune import pretrained  # noqa: F401  (a fixture)
 
+ACCURACY = {0.001: 0.9, 0.0005: 0.5}            # of the pretended runs, by learning rate
 
-def test_every_arm_is_tuned_run_and_found_again(pretrained, data_dir, tmp_path, monkeypatch):          # noqa: F811
-    config = tmp_path / 'tiny.py'
+
+@pytest.fixture
+def task(tmp_path, monkeypatch):
+    """One task of three updates in place of the README's."""
     words = [argument[2:].split('=') for argument in FINETUNE if '=' in argument]
-    config.write_text(''.join(f'{name} = {value if value[0].isdigit() else repr(value)}\n' for name, value in words)
-                      + "pooling = 'mean'\n")
-    monkeypatch.setattr(results, 'TASKS', {'noises': ([str(config)], 3, {'*': (1, 2)})})
-    base = [f'--ckpt={pretrained}', f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out', '--jobs=2']
+    (tmp_path / 'tiny.py').write_text(
+        ''.join(f'{name} = {value if value[0].isdigit() else repr(value)}\n' for name, value in words)
+        + "pooling = 'mean'\n")
+    monkeypatch.setattr(results, 'TASKS', {'noises': ([str(tmp_path / 'tiny.py')], 3, {'*': (1, 2)})})
+
+
+@pytest.fixture
+def pretended(tmp_path, monkeypatch):
+    """finetune.py commands that write a log at once -> the commands that were run."""
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        given = dict(word[2:].split('=') for word in command if word.startswith('--') and '=' in word)
+        accuracy = ACCURACY[float(given['lr'])] - 0.01 * (int(given['max_steps']) > 3)
+        lines = [{'start': 0, 'commit': 'c0ffee', 'device': 'a CPU'}, {'step': 1, 'valid': {'accuracy': accuracy}},
+                 {'test': {'best': {'accuracy': 1 - accuracy, 'right': round(10 - 10 * accuracy), 'clips': 10}}}]
+        os.makedirs(given['out_dir'], exist_ok=True)
+        with open(os.path.join(given['out_dir'], 'log.jsonl'), 'w') as f:
+            f.writelines(json.dumps(line) + '\n' for line in lines)
+        return types.SimpleNamespace(returncode=0, stderr='')
+    monkeypatch.setattr(results.subprocess, 'run', run)
+    return commands
+
+
+def rows_of(path):
+    with open(path) as f:
+        return json.load(f)['rows']
+
+
+def test_every_arm_is_tuned_run_and_found_again(pretrained, data_dir, tmp_path, task):          # noqa: F811
+    results.TASKS['noises'] = (*results.TASKS['noises'][:2], {})
+    base = [f'--ckpt={pretrained}', f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out', '--jobs=2',
+            f'--json_file={tmp_path}/results/tiny.json']
     first = call(results.run, *base)
     assert first.code == 0, first.err
-    rows = [line for line in first.out.splitlines() if line.startswith('| fine-tuned') or line.startswith('| linear')]
-    assert len(rows) == 5 and all('of ' in row and ' / ' in row for row in rows)
-    made = {folder: os.path.getmtime(f'{tmp_path}/out/{folder}/log.jsonl') for folder in os.listdir(tmp_path / 'out')}
+    shown = [line for line in first.out.splitlines() if line.startswith('| ')]
+    rows = rows_of(tmp_path / 'results' / 'tiny.json')
+    assert len(rows) == 8 and shown[0] == '| | noises |' and len(shown) == 9
+    for name, cells in rows.items():
+        assert len(cells['noises']) == 2 and f'| {name} | {results.cell(cells["noises"])} |' in shown
+        assert all(score['commit'] is not None and score['device'] for score in cells['noises'])
+    best = rows['fine-tuned, pretrained']['noises'][0]
+    folder = best['command'][-2].removeprefix('--out_dir=')
+    log = results.log_of(folder)
+    assert log[-1]['test']['best'].items() <= best.items()
+    assert best['validation'] == max(line['valid']['accuracy'] for line in log if 'valid' in line)
+    made = {folder: os.path.getmtime(f'{tmp_path}/out/{folder}/log.jsonl')
+            for folder in os.listdir(tmp_path / 'out') if not folder.endswith('.pt')}
     again = call(results.run, *base)
-    assert again.out.splitlines()[-8:] == first.out.splitlines()[-8:]       # the same table, and nothing was run again
+    assert again.out.splitlines()[-9:] == first.out.splitlines()[-9:]       # the same table, and nothing was run again
     assert made == {folder: os.path.getmtime(f'{tmp_path}/out/{folder}/log.jsonl') for folder in made}
-    monkeypatch.setattr(results, 'TASKS', {'noises': ([str(config)], 4, {})})
-    assert call(results.run, *base, '--arms=scratch').code == 0             # another length is another run
-    redone = [folder for folder in made if '-scratch-' in folder and '-x1-seed1' in folder]
-    assert all(os.path.getmtime(f'{tmp_path}/out/{folder}/log.jsonl') > made[folder] for folder in redone)
+    assert call(results.run, '--show', f'--json_file={tmp_path}/results/tiny.json').out == '\n' + '\n'.join(
+        first.out.splitlines()[-10:]) + '\n'
 
 
-@pytest.mark.parametrize('argv, word', [(['--arms=all'], 'arms'), (['--jobs=0'], 'jobs'), (['--seed=3'], 'seeds')])
-def test_wrong_settings(argv, word):
-    assert is_one_line_error(call(results.run, *argv), word)
+def test_a_run_is_found_by_content_and_settings(pretrained, data_dir, tmp_path, task, pretended):       # noqa: F811
+    """Other weights or clips under the same path, or another setting in the config file, are other runs."""
+    shutil.copy(pretrained, tmp_path / 'ckpt.pt')
+    shutil.copytree(os.path.join(data_dir, 'noises'), tmp_path / 'data' / 'noises')
+    base = [f'--ckpt={tmp_path}/ckpt.pt', f'--data_dir={tmp_path}/data', f'--out_dir={tmp_path}/out', '--seeds=1',
+            f'--json_file={tmp_path}/x.json', '--arms=pretrained']
+
+    def runs():
+        before = len(pretended)
+        result = call(results.run, *base)
+        assert result.code == 0, result.err
+        return len(pretended) - before
+    assert runs() == 3 and runs() == 0                                      # two choices, then the longer of one
+    state = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
+    state['model']['encoder.cls'] += 1
+    torch.save(state, tmp_path / 'ckpt.pt')
+    assert runs() == 3 and runs() == 0
+    copy = [word for word in pretended[-1] if word.startswith('--ckpt=')][0][7:]
+    assert torch.load(copy, weights_only=True)['model']['encoder.cls'].equal(state['model']['encoder.cls'])
+    index = dict(np.load(tmp_path / 'data' / 'noises' / 'train-00000.npz'))
+    index['stats'] = index['stats'] * 1.001                                 # other sounds of the same names
+    np.savez(tmp_path / 'data' / 'noises' / 'train-00000.npz', **index)
+    assert runs() == 3 and runs() == 0
+    with open(tmp_path / 'tiny.py', 'a') as f:
+        f.write('weight_decay = 0.25\n')
+    assert runs() == 3 and runs() == 0
+    with open(tmp_path / 'tiny.py', 'a') as f:
+        f.write('save_interval = 2\n')                                      # changes no number
+    assert runs() == 0
+
+
+def test_validation_chooses_and_the_file_says_what_was_run(pretrained, data_dir, tmp_path, task, pretended):  # noqa: F811
+    """The pretended runs are best by validation at 1e-3 and three updates, and worst there by the test part."""
+    result = call(results.run, f'--ckpt={pretrained}', f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out',
+                  f'--json_file={tmp_path}/x.json', '--arms=pretrained', '--seeds=3')
+    assert result.code == 0, result.err
+    scores = rows_of(tmp_path / 'x.json')['fine-tuned, pretrained']['noises']
+    assert [score['validation'] for score in scores] == [0.9] * 3 and [score['right'] for score in scores] == [1] * 3
+    for seed, score in enumerate(scores, 1):
+        assert {'--lr=0.001', '--max_steps=3', f'--seed={seed}'} <= set(score['command'])
+        assert (score['commit'], score['device']) == ('c0ffee', 'a CPU')
+    assert '| fine-tuned, pretrained | 10.0 % (1 of 10) |' in result.out
+
+
+def test_cells_hold_mean_spread_and_counts():
+    """Reference: numpy."""
+    scores = [{'accuracy': right / 80, 'right': right, 'clips': 80} for right in (65, 63, 70)]
+    spread = np.std([100 * 65 / 80, 100 * 63 / 80, 100 * 70 / 80], ddof=1)
+    assert results.cell(scores) == f'82.5 ± {spread:.1f} % (65 / 63 / 70 of 80)'
+    assert results.cell(scores[:1]) == results.cell([scores[0]] * 2) == '81.2 % (65 of 80)'
+    assert results.table({'a': {'x': scores[:1]}, 'b': {'y': scores[:1]}}).splitlines() == [
+        '| | x | y |', '|---|---|---|', '| a | 81.2 % (65 of 80) |  |', '| b |  | 81.2 % (65 of 80) |']
+
+
+@pytest.mark.parametrize('argv, word', [(['--arms=all'], 'arms'), (['--jobs=0'], 'jobs'), (['--seed=3'], 'seeds'),
+                                        (['--json_file=x.md'], 'x.md'), (['--ckpt=/absent.pt'], '/absent.pt'),
+                                        (['--show', '--json_file=/absent.json'], '/absent.json')])
+def test_wrong_settings(argv, word, tmp_path):
+    assert is_one_line_error(call(results.run, f'--out_dir={tmp_path}', *argv), word)

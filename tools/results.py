@@ -1,26 +1,32 @@
-"""The README's table: five tasks from one pre-trained checkpoint, beside the same model from scratch and log-mel
+"""The results' table: five tasks from one pre-trained checkpoint, beside the same model from scratch and log-mel
 statistics.
 
     python -m tools.results --ckpt=out/real/ckpt.pt                  # everything; finished runs are not run again
     python -m tools.results --ckpt=out/real/ckpt.pt --arms=scratch   # only one of pretrained, scratch, probes
+    python -m tools.results --show                                   # the table of results/real.json again
 
 Learning rate or pooling, and then the length, are chosen by the validation accuracy of the first seed; each
 seed is run with the choice, and the table shows the test accuracy of its best checkpoint by validation. Every run is
-a finetune.py command, with a folder and log of its own.
+a finetune.py command with a folder of its own, named after all that decides on its result: the checkpoint's and the
+data's content and every setting.
 """
-
 import concurrent.futures
+import hashlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 
 import configurator
 import eval as evaluation
-from checkpoints.opening import open_checkpoint
+import finetune as tuning
+from audio.clips import task_splits
 from engine import logs, processes
 from engine.errors import ROOT, ConfigError, RunError
+from engine.files import replacing
 from scoring.metrics import describe
+from scoring.outputs import check_output
 
 ckpt = 'out/real/ckpt.pt'               # the pre-trained checkpoint
 out_dir = 'out/results'                 # one folder per run goes here
@@ -28,6 +34,8 @@ data_dir = 'data'                       # prepared demo, fsdd, wakewords and esc
 arms = 'pretrained,scratch,probes'      # what to run
 seeds = 2                               # seeds per task: other labels, other random numbers
 jobs = 2                                # runs at a time, one CPU thread each
+json_file = 'results/real.json'         # what came out: commands, commit, device and scores of every seed
+show = False                            # run nothing, print the table of json_file
 
 TASKS = {                               # name: (finetune.py arguments, updates, multiples of them to choose from)
     'FSDD, 10 labels per class': (['config/finetune_fsdd.py', '--labels_per_class=10'], 300, {'*': (1, 3)}),
@@ -44,39 +52,41 @@ ARMS = {                                # arm: (further arguments, choices of le
 
 def finetune(settings, task, arm, choice, multiple, seed):
     """Run one finetune.py command to its end, or find it finished -> (validation accuracy, test scores) of its best."""
-    arguments, updates, _ = TASKS[task]
+    (config, *arguments), updates, _ = TASKS[task]
     lr, pooling = choice
-    name = ''.join(c if c.isalnum() else '_' for c in task)
-    suffix = '-mean' if pooling == 'mean' else ''
-    folder = os.path.join(settings.out_dir, f'{name}-{arm}-{lr:g}-x{multiple}-seed{seed}{suffix}')
-    lines = log_of(folder, updates * multiple, settings.ckpt)
-    if (found := finished(lines)) is None:
-        command = [
-            sys.executable,
-            os.path.join(ROOT, 'finetune.py'),
-            os.path.join(ROOT, arguments[0]),
-            *arguments[1:],
-            *ARMS[arm][0],
-            f'--ckpt={settings.ckpt}',
-            f'--data_dir={settings.data_dir}',
-            f'--out_dir={folder}',
-            f'--lr={lr}',
-            f'--pooling={pooling}',
-            '--layer_decay=1',
-            f'--max_steps={updates * multiple}',
-            f'--seed={seed}',
-            '--threads=1',
-            '--resume' if lines and os.path.exists(f'{folder}/ckpt.pt') else '--overwrite',
-        ]
+    arguments = [os.path.join(ROOT, config), *arguments, *ARMS[arm][0], f'--ckpt={settings.ckpt}',
+                 f'--data_dir={settings.data_dir}', f'--lr={lr}', f'--pooling={pooling}', '--layer_decay=1',
+                 f'--max_steps={updates * multiple}', f'--seed={seed}', '--threads=1']
+    name = ''.join(c if c.isalnum() else '_' for c in f'{task} {arm}')
+    folder = os.path.join(settings.out_dir, f'{name}-seed{seed}-{identity(configured(arguments), settings.ckpt)}')
+    command = [sys.executable, os.path.join(ROOT, 'finetune.py'), *arguments, f'--out_dir={folder}']
+    if (found := finished(log_of(folder))) is None:
+        command.append('--resume' if os.path.exists(f'{folder}/ckpt.pt') else '--overwrite')
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
-            raise RunError(
-                f'{" ".join(command)} ended with {result.returncode}: {result.stderr.strip()[-300:]}'
-            )
-        found = finished(log_of(folder, updates * multiple, settings.ckpt))
-    scores, chosen = describe(found[1]), f'lr {lr:g}, {pooling}, x{multiple}'
-    print(f'{task}, {arm}, {chosen}, seed {seed}: validation {found[0]:.1%}, test {scores}', flush=True)
-    return found
+            raise RunError(f'{" ".join(command)} ended with {result.returncode}: {result.stderr.strip()[-300:]}')
+        found = finished(log_of(folder))
+    valid, scores = found
+    print(f'{task}, {arm}, lr {lr:g}, {pooling}, x{multiple}, seed {seed}: validation {valid:.1%}, '
+          f'test {describe(scores)}', flush=True)
+    began = log_of(folder)[0]
+    return valid, {**scores, 'validation': valid, 'command': command[1:], 'commit': began['commit'],
+                   'device': began['device']}
+
+
+def configured(arguments):
+    """The settings of a finetune.py command."""
+    return configurator.configure(tuning.__file__, arguments, (os.path.join(ROOT, 'model.py'), 'ASDAConfig'))
+
+
+def identity(how, checkpoint):
+    """A short text that changes with whatever decides on the result of a fine-tuning: the content of the checkpoint
+    (named after it), the clips and labels of every part, all settings but those that change no number."""
+    parts = task_splits(how.dataset, how.data_dir, how.fold, how.labels_per_class, how.seed, how.validation_part,
+                        how.test_dataset)
+    named = {name: value for name, value in vars(how).items() if name not in tuning.FREE_SETTINGS}
+    content = [os.path.basename(checkpoint), [clips.fingerprint() for clips in parts], sorted(named.items())]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
 
 def finished(lines):
@@ -85,12 +95,9 @@ def finished(lines):
     return (max(line['valid']['accuracy'] for line in lines if 'valid' in line), test[-1]) if test else None
 
 
-def log_of(folder, max_steps, ckpt):
-    """The lines of a run's log, if it is a run of so many steps from that checkpoint; else none."""
+def log_of(folder):
     path = os.path.join(folder, 'log.jsonl')
-    lines = [json.loads(line) for line in logs.whole_lines(path)] if os.path.exists(path) else []
-    began = lines[0].get('settings', {}) if lines else {}
-    return lines if began.get('max_steps') == max_steps and began.get('ckpt') == ckpt else []
+    return [json.loads(line) for line in logs.whole_lines(path)] if os.path.exists(path) else []
 
 
 def tuned(settings, task, arm, pool):
@@ -107,46 +114,48 @@ def tuned(settings, task, arm, pool):
 
 
 def probes(settings, task):
-    """{features and probe: [test scores of each seed]}"""
-    arguments, *_ = TASKS[task]
-    tune = configurator.configure(
-        os.path.join(ROOT, 'finetune.py'),
-        [os.path.join(ROOT, arguments[0]), *arguments[1:]],
-        (os.path.join(ROOT, 'model.py'), 'ASDAConfig'),
-    )
-    found = {}
+    """{probe and features: [test scores of each seed]}"""
+    (config, *arguments), *_ = TASKS[task]
+    how, found = configured([os.path.join(ROOT, config), *arguments]), {}
+    where = processes.provenance(processes.start('cpu'))
     for seed in range(1, settings.seeds + 1):
-        how = configurator.configure(
-            evaluation.__file__,
-            [
-                f'--ckpt={settings.ckpt}',
-                f'--dataset={tune.dataset}',
-                f'--data_dir={settings.data_dir}',
-                f'--fold={tune.fold}',
-                f'--labels_per_class={tune.labels_per_class}',
-                f'--seed={seed}',
-                '--device=cpu',
-            ],
-        )
-        process = processes.start(how.device)
-        autocast, _ = processes.autocast(process, how.dtype)
-        loaded = open_checkpoint(settings.ckpt)
-        loaded.encoder.eval()
-        loaded.spectrum['frames'] = tune.frames or loaded.spectrum['frames']
-        for kind, scores in evaluation.probe_pretrained(loaded, how, process, autocast).items():
+        command = [f'--ckpt={settings.ckpt}', f'--dataset={how.dataset}', f'--data_dir={settings.data_dir}',
+                   f'--fold={how.fold}', f'--labels_per_class={how.labels_per_class}', f'--seed={seed}',
+                   f'--frames={how.frames}', '--device=cpu']
+        for kind, scores in evaluation.run(command).items():
             for probe, score in scores.items():
-                found.setdefault(f'{probe}, {kind}', []).append(score)
+                found.setdefault(f'{probe}, {kind}', []).append(
+                    {**score, 'command': ['eval.py', *command], 'commit': where['commit'], 'device': where['device']})
     return found
 
 
+def snapshot(path, folder):
+    """A copy of the checkpoint named after its content, since a training may overwrite the file -> path of the copy."""
+    digest, temporary = hashlib.sha256(), os.path.join(folder, 'ckpt.tmp')
+    with open(path, 'rb') as f, replacing(temporary, 'wb') as copy:
+        while block := f.read(1 << 20):
+            digest.update(block)
+            copy.write(block)
+    copied = os.path.join(folder, f'{digest.hexdigest()}.pt')
+    os.replace(temporary, copied)
+    return copied
+
+
+def table(rows):
+    """{row: {task: [scores of each seed]}} as Markdown."""
+    tasks = list(dict.fromkeys(task for cells in rows.values() for task in cells))
+    return '\n'.join(['| | ' + ' | '.join(tasks) + ' |', '|' + '---|' * (len(tasks) + 1),
+                      *(f'| {row} | ' + ' | '.join(cell(cells[task]) if task in cells else '' for task in tasks) + ' |'
+                        for row, cells in rows.items())])
+
+
 def cell(scores):
-    """'81.2 / 78.8 % (65 / 63 of 80)'"""
-    return (
-        ' / '.join(f'{100 * score["accuracy"]:.1f}' for score in scores)
-        + ' % ('
-        + ' / '.join(str(score['right']) for score in scores)
-        + f' of {scores[0]["clips"]})'
-    )
+    """Mean and standard deviation over the seeds, then the counts of each: '80.0 ± 1.8 % (65 / 63 of 80)'. Of scores
+    that no seed changes, one: '60.2 % (301 of 500)'."""
+    right = [score['right'] for score in scores]
+    values, right = [100 * score['accuracy'] for score in scores], right if len(set(right)) > 1 else right[:1]
+    spread = f' ± {statistics.stdev(values):.1f}' if len(right) > 1 else ''
+    return f'{statistics.mean(values):.1f}{spread} % ({" / ".join(map(str, right))} of {scores[0]["clips"]})'
 
 
 def run(argv):
@@ -154,20 +163,22 @@ def run(argv):
     configurator.check_ranges(settings, seeds=(1, 1000), jobs=(1, 1000))
     if not set(settings.arms.split(',')) <= {*ARMS, 'probes'}:
         raise ConfigError(f'arms = {settings.arms!r} must be of {", ".join(ARMS)}, probes')
-    table = {}
-    with concurrent.futures.ThreadPoolExecutor(settings.jobs) as pool:
-        for arm in settings.arms.split(','):
-            for task in TASKS:
-                rows = (
-                    probes(settings, task)
-                    if arm == 'probes'
-                    else {f'fine-tuned, {arm}': tuned(settings, task, arm, pool)}
-                )
-                for row, scores in rows.items():
-                    table.setdefault(row, {})[task] = scores
-    print('\n| | ' + ' | '.join(TASKS) + ' |\n|' + '---|' * (len(TASKS) + 1))
-    for row, cells in table.items():
-        print(f'| {row} | ' + ' | '.join(cell(cells[task]) for task in TASKS) + ' |')
+    if not settings.show:
+        check_output(settings.json_file, '.json', settings.ckpt)
+        settings.ckpt, original = snapshot(settings.ckpt, settings.out_dir), settings.ckpt
+        rows = {}
+        with concurrent.futures.ThreadPoolExecutor(settings.jobs) as pool:
+            for arm in settings.arms.split(','):
+                for task in TASKS:
+                    found = (probes(settings, task) if arm == 'probes' else
+                             {f'fine-tuned, {arm}': tuned(settings, task, arm, pool)})
+                    for row, scores in found.items():
+                        rows.setdefault(row, {})[task] = scores
+        with replacing(settings.json_file) as f:
+            json.dump({'checkpoint': original, 'sha256': os.path.basename(settings.ckpt)[:-3], 'rows': rows}, f,
+                      indent=1)
+    with open(settings.json_file, encoding='utf-8') as f:
+        print('\n' + table(json.load(f)['rows']))
 
 
 if __name__ == '__main__':
