@@ -364,7 +364,8 @@ def measure_finetune_data(bench):
 
         def spectrograms():
             batch = latest['batch']
-            spec = data.log_mel(batch['pcm'], batch['lengths'], config.frames, settings.window, 0.0, 0.5, batch['gain'])
+            spec = data.log_mel(batch['pcm'], batch['lengths'], config.frames, bench.settings.window, 0.0, 0.5,
+                                batch['gain'])
             latest['spec'], latest['labels'] = data.augment(spec, batch)
 
         def step():
