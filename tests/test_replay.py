@@ -220,9 +220,9 @@ def replay_pretraining(waves, fields, join, window, mean, std, decay, decay_vect
         for name, value in teacher.items():
             value.copy_(average * value + (1 - average) * optimizer.values[f'encoder.{name}'])
             asda.teacher.get_parameter(name).data.copy_(value)
-        frame, utterance = measures['frame'].item(), measures['utterance'].item()
-        log.append({'step': step + 1, 'frame': frame, 'utterance': utterance, 'grad_norm': norm, 'lr': rate,
-                    'loss': frame + fields['alpha'] * fields['utterance_scale'] * utterance, 'ema': average})
+        utterance = fields['alpha'] * fields['utterance_scale'] * measures['utterance'].item()
+        log.append({**{name: value.item() for name, value in measures.items()}, 'step': step + 1, 'grad_norm': norm,
+                    'lr': rate, 'ema': average, 'loss': measures['frame'].item() + utterance})
     return {**optimizer.values, **{f'teacher.{name}': value for name, value in teacher.items()}}, log, clipped
 
 
@@ -254,6 +254,8 @@ def test_pretraining_is_what_is_written_here(sets, tmp_path, how):
     assert True in clipped and False in clipped                             # so that clipping is seen to be right
     assert_same_weights(tmp_path, weights)
     for ours, theirs in zip(log_of(tmp_path), log, strict=True):
+        if 'accumulate' in how:     # spreads and `explained` are then means over the parts
+            theirs = {name: theirs[name] for name in ('loss', 'frame', 'utterance', 'grad_norm', 'lr', 'ema')}
         assert {name: ours[name] for name in theirs} == pytest.approx(theirs, rel=2e-5, abs=1e-9)
 
 
@@ -286,29 +288,31 @@ def test_pretraining_in_bfloat16(sets, tmp_path):
 
 
 def test_what_pretraining_says_of_its_features(sets, tmp_path):
-    """Effective rank, chance and kNN accuracy of the student, by numpy from the checkpoint: ten of the fourteen clips,
-    of which a part is held out; first frames; the mean and standard deviation of the clips that are not."""
+    """Effective rank, chance and kNN accuracy of the CLS, by numpy from the checkpoint: a part of the clips is
+    held out; first frames; the mean and standard deviation of the clips that are not held out."""
     assert call(pretrain.run, *COMMON, *options({**PRETRAINING, **PRETRAIN}), '--dtype=float32', '--dataset=many',
-                '--eval_dataset=sounds', '--eval_clips=10', '--window=hanning', f'--data_dir={sets}',
+                '--eval_dataset=sounds', '--window=hanning', f'--data_dir={sets}',
                 f'--out_dir={tmp_path}').code == 0
     (scores,) = log_of(tmp_path, 'knn_cls')
     clips = open_clips(['sounds'], sets)
-    parts = carve_validation(clips.select(random(SEED, 'few_labels').permutation(14)[:10]), 0.3)
+    parts = carve_validation(clips, 0.3)
     waves = [[part.read(i) for i in range(len(part))] for part in parts]
     mean, std = statistics(waves[0], 'hanning')
     encoder = networks.Encoder(networks.ASDAConfig(**PRETRAINING))
     state = torch.load(tmp_path / 'ckpt.pt', weights_only=True)['model']
     encoder.load_state_dict({name[8:]: value for name, value in state.items() if name.startswith('encoder.')})
     with torch.no_grad():
-        train, valid = [encoder((log_mels([wave[:SAMPLES] for wave in some], 'hanning') - mean) / (2 * std))[:, 0]
-                        .double().numpy() for some in waves]
+        spec = (log_mels([wave[:SAMPLES] for wave in waves[1]], 'hanning') - mean) / (2 * std)
+        valid = encoder(spec)[:, 0].double().numpy()
     values = np.linalg.svd(valid - valid.mean(axis=0), compute_uv=False)
     share = values[values > 1e-6] / values.sum()
     assert scores['effective_rank'] == pytest.approx(math.exp(-(share * np.log(share)).sum()), rel=1e-3)
     right = parts[1].label == np.bincount(parts[1].label).argmax()
     assert scores['chance'] == pytest.approx(right.mean())
-    assert len(train) <= 10                                                 # all are neighbours: the commonest wins
-    assert scores['knn_cls'] == pytest.approx((parts[1].label == np.bincount(parts[0].label).argmax()).mean())
+    assert len(waves[0]) <= 10              # all are neighbours, so that a commonest class wins; of several, the nearer
+    votes = np.bincount(parts[0].label, minlength=3)
+    best, several = votes[parts[1].label] == votes.max(), (votes == votes.max()).sum() > 1
+    assert scores['knn_cls'] <= best.mean() + 1e-9 and (several or scores['knn_cls'] == pytest.approx(best.mean()))
 
 
 # ---------------------------------------------------------------------------------------------------------- fine-tuning
