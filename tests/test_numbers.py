@@ -248,6 +248,7 @@ def test_the_demo_stays_the_demo():
                                atol=1e-3)
     many = np.array([20 * np.log10(np.sqrt((demo.synthesise(2, i).astype(float) ** 2).mean())) for i in range(150)])
     assert kolmogorov(many, uniform(-30, -12)) < 1.95
+    assert not np.array_equal(waves[0], demo.synthesise(2, 0)) and np.array_equal(waves[0], demo.synthesise(1, 0))
 
 
 @pytest.mark.parametrize('rate', [8000, 44100])
@@ -273,7 +274,7 @@ def soundless(label, **arrays):
 def test_validation_is_chosen_by_the_hash_of_the_key():
     """Reference: the same clips in another order, or fewer of them, have the same validation part, of the size asked
     for. The hash is the first 32 bits of SHA-1, by hashlib."""
-    keys = [f'{"abc"[i % 3]}/{i}.wav' for i in range(3000)]
+    keys, n = [f'{"abc"[i % 3]}/{i}.wav' for i in range(30000)], 30000
     assert key_hash('a/ü\udcff.wav') == int(hashlib.sha1(b'a/\xc3\xbc\xff.wav').hexdigest()[:8], 16)
     names = np.array([key_hash(key) for key in keys], np.uint32)
 
@@ -281,14 +282,14 @@ def test_validation_is_chosen_by_the_hash_of_the_key():
         rest, valid = carve_validation(soundless(label=chosen % 3, hash=names[chosen], number=chosen), part)
         assert sorted([*rest.number, *valid.number]) == sorted(chosen)
         return set(valid.number.tolist())
-    shuffled = np.random.default_rng(0).permutation(3000)
+    shuffled = np.random.default_rng(0).permutation(n)
     for part in (0.1, 0.3):
-        whole = validation(np.arange(3000), part)
-        assert len(whole) == pytest.approx(3000 * part, abs=4 * np.sqrt(3000 * part * (1 - part)))
+        whole = validation(np.arange(n), part)
+        assert len(whole) == pytest.approx(n * part, abs=4 * np.sqrt(n * part * (1 - part)))
         assert validation(shuffled, part) == whole
         assert validation(np.sort(shuffled[:1000]), part) == whole & set(shuffled[:1000].tolist())
-    assert validation(np.arange(3000), 0.1) < validation(np.arange(3000), 0.3)
-    assert not validation(np.arange(3000), 0.0)
+    assert validation(np.arange(n), 0.1) < validation(np.arange(n), 0.3)
+    assert not validation(np.arange(n), 0.0)
 
 
 def test_few_labels_are_drawn_by_the_seed_alike_for_every_clip():
@@ -591,7 +592,8 @@ def test_the_first_loss_of_pretraining_from_the_files(sets, tmp_path, options):
 
 
 @pytest.mark.parametrize('options', [['--label_smoothing=0.2', '--weighted', '--epoch_clips=30'], ['--loss=bce'],
-                                     ['--roll=False', '--accumulate=3', '--repeat']])
+                                     ['--roll=False', '--accumulate=3', '--repeat'],
+                                     ['--mixup_probability=0']])
 def test_the_first_loss_of_finetuning_from_the_files(sets, tmp_path, options):
     """Reference: kaldi.fbank, the augmentation by loops, a model of the same seed, cross-entropy by numpy."""
     argv = [*TINY, '--dataset=noises', f'--data_dir={sets.root}', '--batch_size=6', '--max_steps=1', '--warmup_steps=0',
@@ -605,8 +607,9 @@ def test_the_first_loss_of_finetuning_from_the_files(sets, tmp_path, options):
     weights = None
     if settings.weighted:
         weights = np.array([1000 / ((train.label == c).sum() + 0.01) for c in train.label])
-    batch = data.FinetuneBatches(train, 64, 6, range(6), 4, 2, settings.roll, True, 0.3, 0.8, 1.0, weights, 30)[0]
-    assert 0 < batch['mix'] < 1 and (settings.roll == bool((batch['gain'] != 1).any()))
+    batch = data.FinetuneBatches(train, 64, 6, range(6), 4, 2, settings.roll, True, 0.3, 0.8,
+                                 settings.mixup_probability, weights, 30)[0]
+    assert (batch['mix'] < 1) == (settings.mixup_probability == 1) and (settings.roll == bool((batch['gain'] != 1).any()))
     waves = [pcm[:n].astype(np.float64) for pcm, n in zip(batch['pcm'].numpy(), batch['lengths'])]
     if settings.repeat:
         waves = [np.tile(wave - wave.mean(), 6)[:10480] for wave in waves]
@@ -849,7 +852,7 @@ def test_ties_of_neighbours_go_to_the_closer_ones():
 
 def test_the_probes_strength_is_chosen_on_validation_and_features_standardised_by_training():
     """Reference: scikit-learn, on parts that differ in mean and scale and prefer different strengths."""
-    rng, centres = np.random.default_rng(5), np.random.default_rng(6).standard_normal((3, 20))
+    rng, centres = np.random.default_rng(0), np.random.default_rng(6).standard_normal((3, 20))
     labels = [rng.integers(3, size=n) for n in (60, 150, 150)]
     parts = []
     for label, spread in zip(labels, (2.0, 2.0, 0.7)):
@@ -860,6 +863,7 @@ def test_the_probes_strength_is_chosen_on_validation_and_features_standardised_b
     best = max(score for score, _ in by_strength.values())
     want = max(strength for strength, (score, _) in by_strength.items() if score == best)   # of equals the strongest
     assert by_strength[want][1] != max(score for _, score in by_strength.values())          # test would choose another
+    assert want == max(strengths)                                           # and training a weaker one
     logits, strength = linear_probe((parts[0], np.eye(3)[labels[0]]), (parts[1], np.eye(3)[labels[1]]), parts[2], False)
     assert strength == want and int((logits.argmax(axis=1) == labels[2]).sum()) == by_strength[want][1]
 
