@@ -10,6 +10,7 @@ which the same command goes on. The docs say what was found: docs/testing.md.
 import argparse
 import contextlib
 import difflib
+import functools
 import json
 import os
 import re
@@ -30,14 +31,14 @@ KEPT = re.compile('core/(ReplaceBinaryOperator_(Add_Sub|Sub_Add|Mul_Div|Div_Mul|
 
 
 def mutants_of(text):
-    """Yield (name, mutated text) for a module's source."""
+    """Yield (name, line, function that makes the mutated text) for a module's source."""
     from cosmic_ray.ast import ast_nodes, get_ast
     from cosmic_ray.mutating import mutate_code
     from cosmic_ray.plugins import get_operator, operator_names
     for name in filter(KEPT.match, sorted(operator_names())):
         places = [place for node in ast_nodes(get_ast(text)) for place in get_operator(name)().mutation_positions(node)]
-        for i in range(len(places)):
-            yield f'{name} {i}', mutate_code(text, get_operator(name)(), i)
+        for i, ((line, _), _) in enumerate(places):
+            yield f'{name} {i}', line, functools.partial(mutate_code, text, get_operator(name)(), i)
 
 
 def load_libraries(copy, tests):
@@ -115,19 +116,19 @@ def main():
         if trial(path, text, tests, 1e9)[0] != 'survived':
             sys.exit('the tests fail without a mutant')
         print(f'without a mutant: {time.monotonic() - began:.0f} s', flush=True)
-        for number, (name, mutant) in enumerate(mutants_of(text)):
-            changed = list(difflib.unified_diff(text.splitlines(), mutant.splitlines(), n=0, lineterm=''))[2:]
-            line = int(re.match(r'@@ -(\d+)', changed[0])[1]) if changed else 0
+        for number, (name, line, make) in enumerate(mutants_of(text)):
             if number % given.every or name in done or not first <= line <= last:
                 continue
             if time.monotonic() > until:
                 break
+            mutant = make()
             outcome, failed = trial(path, mutant, tests, given.seconds)
-            done[name] = {'name': name, 'line': line, 'outcome': outcome, 'failed': failed, 'diff': changed[1:]}
+            diff = list(difflib.unified_diff(text.splitlines(), mutant.splitlines(), n=0, lineterm=''))[3:]
+            done[name] = {'name': name, 'line': line, 'outcome': outcome, 'failed': failed, 'diff': diff}
             f.write(json.dumps(done[name]) + '\n')
             f.flush()
             if outcome == 'survived':
-                print(f'{given.module}:{line} survived\n' + '\n'.join(changed[1:]), flush=True)
+                print(f'{given.module}:{line} survived\n' + '\n'.join(diff), flush=True)
     survived = sum(line['outcome'] == 'survived' for line in done.values())
     print(f'{given.module}: {len(done) - survived} of {len(done)} mutants killed; {out}')
 
