@@ -9,6 +9,7 @@ from statistics import NormalDist
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, roc_auc_score
@@ -36,7 +37,7 @@ from scoring.probes import (
     predict,
 )
 
-from .conftest import ROOT, SHARED, call, is_one_line_error, needs_shared, write_wav
+from .conftest import ROOT, SHARED, call, is_one_line_error, needs_shared, script, write_wav
 from .test_finetune import pretrained, straight  # noqa: F401  (fixtures)
 
 FIXTURES = os.path.join(ROOT, 'tests', 'fixtures')
@@ -570,6 +571,27 @@ def test_a_bad_file_does_not_end_the_call_for_the_others(straight, tmp_path, mod
     none = call(evaluation.run, f'--ckpt={straight}/best.pt', f'--wav={tmp_path}/b.wav,{tmp_path}/absent.wav',
                 option.replace('/x.', '/y.'))
     assert is_one_line_error(none, '2 of 2 files') and not [file for file in os.listdir(tmp_path) if file[:2] == 'y.']
+
+
+def test_names_that_the_terminal_cannot_show(straight, tmp_path):                            # noqa: F811
+    """Latin script only, and bytes that are no UTF-8: shown as escapes; the table holds them as they are."""
+    tones(tmp_path, 'звук.wav')
+    os.rename(tmp_path / 'звук.wav', os.fsencode(tmp_path) + b'/odd\xff.wav')
+    tones(tmp_path, 'звук.wav')
+    result = script('eval.py', f'--ckpt={straight}/best.pt', f'--wav={tmp_path}', f'--csv_file={tmp_path}/x.csv',
+                    PYTHONIOENCODING='cp1252')
+    assert result.returncode == 0 and not result.stderr, result.stderr
+    assert '\\udcff.wav:  ' in result.stdout and '\\u0437\\u0432\\u0443\\u043a.wav:  ' in result.stdout
+    assert {os.path.basename(row['clip']) for row in table(tmp_path / 'x.csv')} == {'odd\udcff.wav', 'звук.wav'}
+
+
+def test_float_audio_on_another_scale_is_refused_with_its_peak(straight, tmp_path):          # noqa: F811
+    wave = np.sin(np.arange(20000) / 5).astype(np.float32)
+    for peak, code in ((1.4, 0), (12000, 2), (1e30, 2)):
+        soundfile.write(tmp_path / 'a.wav', peak * wave, 16000, subtype='FLOAT')
+        result = call(evaluation.run, f'--ckpt={straight}/best.pt', f'--wav={tmp_path}/a.wav')
+        assert result.code == code, result.err
+        assert code == 0 or is_one_line_error(result, 'a.wav', 'peak', f'{np.abs(peak * wave).max():g}')
 
 
 def test_how_long_a_file_may_be_is_a_setting(straight, tmp_path, monkeypatch):               # noqa: F811
