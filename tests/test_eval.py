@@ -443,6 +443,12 @@ def test_every_set_fold_and_checkpoint_has_its_own_tables(straight, data_dir, tm
     assert files == sorted([*names, 'classes-noises-best-windows.csv', 'classes-noises-ckpt-windows.csv'])
     assert len(set(seen.values())) > 2
     assert seen == {path: sum(int(row['clips']) for row in table(path)) for path in seen}
+    state = torch.load(tmp_path / 'run' / 'best.pt', weights_only=True)
+    state['settings']['fold'] = 'b'                                         # tuned without this fold: tested on it
+    torch.save(state, tmp_path / 'run' / 'of_b.pt')
+    result = call(evaluation.run, f'--ckpt={tmp_path}/run/of_b.pt', f'--data_dir={tmp_path}/data')
+    assert f'of {seen[f"{tmp_path}/run/classes-noises-fold-b-best.csv"]})' in result.out, result.err
+    assert os.path.exists(tmp_path / 'run' / 'classes-noises-fold-b-of_b.csv')
 
 
 def test_the_score_is_printed_before_its_table_is_written(straight, data_dir, tmp_path, monkeypatch):   # noqa: F811
