@@ -9,6 +9,7 @@ from statistics import NormalDist
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, roc_auc_score
@@ -36,7 +37,7 @@ from scoring.probes import (
     predict,
 )
 
-from .conftest import ROOT, SHARED, call, is_one_line_error, needs_shared, write_wav
+from .conftest import ROOT, SHARED, call, is_one_line_error, needs_shared, script, write_wav
 from .test_finetune import pretrained, straight  # noqa: F401  (fixtures)
 from .test_pretrain import log_of
 
@@ -194,6 +195,25 @@ def test_probes_of_a_pretrained_checkpoint(pretrained, data_dir):               
     for name in ('log-mel statistics', 'CLS', 'mean of patches'):
         line = next(line for line in result.out.splitlines() if line.startswith(name))
         assert 'kNN: accuracy' in line and 'linear probe: accuracy' in line and 'of 40)' in line
+
+
+def test_probes_use_given_statistics_else_the_sets(pretrained, data_dir, monkeypatch):       # noqa: F811
+    seen = []
+
+    def spectrum_of(name, wrapped):
+        def recorded(*args, **how):
+            seen.append((args[2] if name == 'features' else args[1], how['batch_size']))
+            return wrapped(*args, **how)
+        monkeypatch.setattr(evaluation, name, recorded)
+    spectrum_of('features', features)
+    spectrum_of('log_mel_statistics', log_mel_statistics)
+    mean, std = open_clips(['noises'], data_dir).statistics('hamming')
+    for options, want in (([], (mean, std)), (['--norm_mean=-5'], (-5.0, std)), (['--norm_std=2'], (mean, 2.0))):
+        seen.clear()
+        result = call(evaluation.run, f'--ckpt={pretrained}', '--dataset=noises', f'--data_dir={data_dir}',
+                      '--batch_size=5', *options)
+        assert result.code == 0, result.err
+        assert [(spectrum['mean'], spectrum['std'], size) for spectrum, size in seen] == [(*want, 5)] * 6
 
 
 def test_a_finetuned_checkpoint_needs_only_a_test_split(straight, data_dir, tmp_path):       # noqa: F811
@@ -429,6 +449,12 @@ def test_every_set_fold_and_checkpoint_has_its_own_tables(straight, data_dir, tm
     assert files == sorted([*names, 'classes-noises-best-windows.csv', 'classes-noises-ckpt-windows.csv'])
     assert len(set(seen.values())) > 2
     assert seen == {path: sum(int(row['clips']) for row in table(path)) for path in seen}
+    state = torch.load(tmp_path / 'run' / 'best.pt', weights_only=True)
+    state['settings']['fold'] = 'b'                                         # tuned without this fold: tested on it
+    torch.save(state, tmp_path / 'run' / 'of_b.pt')
+    result = call(evaluation.run, f'--ckpt={tmp_path}/run/of_b.pt', f'--data_dir={tmp_path}/data')
+    assert f'of {seen[f"{tmp_path}/run/classes-noises-fold-b-best.csv"]})' in result.out, result.err
+    assert os.path.exists(tmp_path / 'run' / 'classes-noises-fold-b-of_b.csv')
 
 
 def test_the_score_is_printed_before_its_table_is_written(straight, data_dir, tmp_path, monkeypatch):   # noqa: F811
@@ -479,6 +505,17 @@ def test_outputs_never_overwrite_inputs_nor_fail_late(straight, data_dir, tmp_pa
     assert before == {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
 
 
+def test_the_labels_are_not_overwritten(tmp_path):
+    tones(tmp_path, 'a.wav')
+    (tmp_path / 'labels.csv').write_text('index,mid,display_name\n'
+                                         + ''.join(f'{i},/m/{i},sound {i}\n' for i in range(10)))
+    before = (tmp_path / 'labels.csv').read_bytes()
+    result = call(evaluation.run, f'--ckpt={FIXTURES}/eat_tiny_finetune.pt', f'--wav={tmp_path}/a.wav',
+                  f'--labels={tmp_path}/labels.csv', f'--csv_file={tmp_path}/labels.csv')
+    assert is_one_line_error(result, 'labels.csv', 'overwrite')
+    assert (tmp_path / 'labels.csv').read_bytes() == before
+
+
 def test_embeddings_of_a_set_stay_out_of_its_folder(straight, data_dir, tmp_path):           # noqa: F811
     shutil.copytree(os.path.join(data_dir, 'noises'), tmp_path / 'noises')
     before = (tmp_path / 'noises' / 'train-00000.npz').read_bytes()
@@ -519,9 +556,10 @@ def test_a_folder_is_classified_file_by_file(straight, tmp_path):               
                   '--workers=1')
     assert result.code == 0, result.err
     want = [f'{tmp_path}/{name}' for name in ('a.wav', 'b.wav', 'more/c,d.wav')]
-    assert [line.split(':  ')[0] for line in result.out.splitlines()[:3]] == want
+    lines = [line for line in result.out.splitlines() if ':  ' in line]
+    assert [line.split(':  ')[0] for line in lines] == want
     alone = call(evaluation.run, f'--ckpt={straight}/best.pt', f'--wav={want[2]}').out.strip()
-    assert alone == result.out.splitlines()[2] and sorted({row['clip'] for row in table(tmp_path / 'x.csv')}) == want
+    assert alone == lines[2] and sorted({row['clip'] for row in table(tmp_path / 'x.csv')}) == want
 
 
 @pytest.mark.parametrize('mode', ['classes', 'embed'])
@@ -545,6 +583,27 @@ def test_a_bad_file_does_not_end_the_call_for_the_others(straight, tmp_path, mod
     none = call(evaluation.run, f'--ckpt={straight}/best.pt', f'--wav={tmp_path}/b.wav,{tmp_path}/absent.wav',
                 option.replace('/x.', '/y.'))
     assert is_one_line_error(none, '2 of 2 files') and not [file for file in os.listdir(tmp_path) if file[:2] == 'y.']
+
+
+def test_names_that_the_terminal_cannot_show(straight, tmp_path):                            # noqa: F811
+    """Latin script only, and bytes that are no UTF-8: shown as escapes; the table holds them as they are."""
+    tones(tmp_path, 'звук.wav')
+    os.rename(tmp_path / 'звук.wav', os.fsencode(tmp_path) + b'/odd\xff.wav')
+    tones(tmp_path, 'звук.wav')
+    result = script('eval.py', f'--ckpt={straight}/best.pt', f'--wav={tmp_path}', f'--csv_file={tmp_path}/x.csv',
+                    PYTHONIOENCODING='cp1252')
+    assert result.returncode == 0 and not result.stderr, result.stderr
+    assert '\\udcff.wav:  ' in result.stdout and '\\u0437\\u0432\\u0443\\u043a.wav:  ' in result.stdout
+    assert {os.path.basename(row['clip']) for row in table(tmp_path / 'x.csv')} == {'odd\udcff.wav', 'звук.wav'}
+
+
+def test_float_audio_on_another_scale_is_refused_with_its_peak(straight, tmp_path):          # noqa: F811
+    wave = np.sin(np.arange(20000) / 5).astype(np.float32)
+    for peak, code in ((1.4, 0), (12000, 2), (1e30, 2)):
+        soundfile.write(tmp_path / 'a.wav', peak * wave, 16000, subtype='FLOAT')
+        result = call(evaluation.run, f'--ckpt={straight}/best.pt', f'--wav={tmp_path}/a.wav')
+        assert result.code == code, result.err
+        assert code == 0 or is_one_line_error(result, 'a.wav', 'peak', f'{np.abs(peak * wave).max():g}')
 
 
 def test_how_long_a_file_may_be_is_a_setting(straight, tmp_path, monkeypatch):               # noqa: F811
