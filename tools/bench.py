@@ -1,6 +1,6 @@
 """How fast it is: the pre-training step and every part of the way from an audio file to it, on this machine.
 
-    python -m tools.bench                                     # config/as2m.py, 12 clips, on a GPU; config/demo.py elsewhere
+    python -m tools.bench                               # config/as2m.py, 12 clips, on a GPU; config/demo.py elsewhere
     python -m tools.bench config/demo.py --what=step,data --json=figures.json
     python -m tools.bench config/as2m.py --batch_size=12 --dataset=as2m               # on real clips
     python -m tools.bench config/as2m.py --batch_size=12 --baseline                   # beside the authors' arrangement
