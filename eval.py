@@ -22,6 +22,7 @@ from checkpoints.opening import open_checkpoint
 from engine import processes
 from engine.errors import CheckpointError, ConfigError
 from engine.files import printable, replacing
+from engine.ranges import check_model
 from model import MAX_FRAMES
 from recipes.audioset import read_label_csv
 from scoring.metrics import NotFiniteError, describe, mean_of_windows, metrics, probabilities
@@ -213,7 +214,7 @@ def apply(settings, loaded, process):
         frames = -(-frames_in(round(settings.window * SAMPLE_RATE)) // patch) * patch
     if frames:
         try:
-            loaded.spectrum['frames'] = dataclasses.replace(loaded.config, frames=frames).frames
+            loaded.spectrum['frames'] = check_model(dataclasses.replace(loaded.config, frames=frames)).frames
         except ValueError as error:
             raise ConfigError(str(error)) from None
     loaded.spectrum = with_given_statistics(loaded.spectrum, settings)

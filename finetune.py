@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import configurator
 import data
+import fast
 from audio import N_MELS
 from audio.clips import read_meta, sampling_weights, task_splits
 from checkpoints import saving
@@ -125,7 +126,7 @@ def initial_model(settings, n_classes, state=None):
         window, repeat, encoder = loaded.spectrum['window'], loaded.spectrum['repeat'] or repeat, loaded.encoder
     fields.update(frames=settings.frames or fields['frames'], drop_path=settings.drop_path)
     try:
-        config = ASDAConfig(**fields)
+        config = ranges.check_model(ASDAConfig(**fields))
     except (ValueError, TypeError) as error:
         raise ConfigError(str(error)) from None
     if config.n_mels != N_MELS:
@@ -231,7 +232,8 @@ def train(settings, process, stop=None):
         process.print(f'{len(clips):,} training, {len(valid):,} validation, {len(test):,} test clips; '
                       f'{len(clips.classes)} classes; {config.frames} frames; log-mel mean {mean:.3f}, std {std:.3f}; '
                       f'{run.provenance}')
-        optimizer = make_optimizer(model.to(process.device), settings, process)
+        process.print(fast.apply(model.to(process.device)))
+        optimizer = make_optimizer(model, settings, process)
         run.kept = {'classes': clips.classes, 'multi_label': clips.multi_label, 'best': -math.inf}
         run.load(model, optimizer, spectrum, clips.fingerprint())
         network = run.network()

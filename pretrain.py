@@ -16,13 +16,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import configurator
 import data
-import kernels as triton_kernels
+import fast
 from audio import N_MELS, SAMPLE_RATE, WINDOWS
 from audio.clips import open_clips, read_meta
 from engine import processes, randomness, ranges
 from engine import run as running
 from engine.errors import ROOT, ConfigError, RunError
-from model import ASDA, ASDAConfig, count_parameters, kernel_shapes, n_kept, use_kernels
+from model import ASDA, ASDAConfig, count_parameters, n_kept
 from scoring.monitor import labelled_clips, monitor
 
 out_dir = 'out/pretrain'        # checkpoints and log.jsonl go here
@@ -83,7 +83,8 @@ COLLAPSED = 0.05                # a variance of the targets, 1 when all is well,
 def model_config(settings):
     """The model's part of the settings, checked against the masks that pre-training draws."""
     try:
-        config = ASDAConfig(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(ASDAConfig)})
+        config = ranges.check_model(ASDAConfig(**{field.name: getattr(settings, field.name)
+                                                  for field in dataclasses.fields(ASDAConfig)}))
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if config.n_mels != N_MELS or config.drop_path:
@@ -221,7 +222,7 @@ def train(settings):
                       f'{config.n_students} students')
         optimizer = make_optimizer(model, settings, process)
         stored = run.load(model, optimizer, spectrum, clips.fingerprint())
-        choose_kernels(model, config, settings, stored, process)
+        process.print(fast.apply(model, fast.choose(settings, config, stored, process)))
         network = run.network(mode=settings.compile_mode)
 
         per_process = settings.batch_size // process.world
@@ -289,38 +290,6 @@ def settings_next(settings):
     if os.path.exists(os.path.join(ROOT, config)):
         lines.append(f'       python finetune.py {config} --ckpt={settings.out_dir}/ckpt.pt')
     return '\n'.join(lines)
-
-
-def choose_kernels(model, config, settings, stored, process):
-    """Layers that Triton computes, and how it launches them, as settings.kernels says: the choice of one process, or of
-    the checkpoint that goes on, holds for all."""
-    dtype = getattr(torch, settings.dtype)
-    clips = settings.batch_size // process.world // settings.accumulate
-    if settings.kernels == 'auto' and stored:
-        settings.kernels = stored.get('kernels', 'torch')
-    elif settings.kernels in ('auto', 'torch', 'triton'):
-        if settings.kernels != 'torch' and not triton_kernels.unusable(process.device):
-            process.print('compiling and timing the Triton kernels ...')    # a minute, unless Triton remembers them
-        try:
-            choice, reasons = triton_kernels.choose(settings.kernels if process.is_main else 'torch',
-                                                    kernel_shapes(config, clips), process.device, dtype,
-                                                    timed=not settings.deterministic)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-        if len(set(reasons.values())) > 1:                                  # else no kernel was tried, for one reason
-            for name, reason in reasons.items():
-                process.print(f'{name} by {"Triton" if choice[name] == "triton" else "PyTorch"}: {reason}')
-        names = [triton_kernels.tuned_name(name) for name in choice if choice[name] == 'triton']
-        settings.kernels = ','.join(process.gather(names)[0]) or 'torch'
-    names = configurator.words(settings.kernels)
-    if names != ['torch']:
-        try:
-            names, missing = [triton_kernels.recall(name) for name in names], triton_kernels.unusable(process.device)
-        except ValueError as error:
-            missing = error
-        if missing:
-            raise ConfigError(f'kernels = {settings.kernels!r}, but {missing}: write --kernels=torch')
-    use_kernels(model, names)
 
 
 def run(argv):

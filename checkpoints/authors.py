@@ -19,6 +19,7 @@ import torch
 
 from checkpoints.saving import load_weights, unwrapped
 from engine.errors import CheckpointError
+from engine.ranges import check_model
 from model import ASDA, ASDAConfig, Classifier, position_table
 
 # Our names, theirs. N is the number of the block.
@@ -246,7 +247,7 @@ def config_from(weights, cfg, path, overrides):
                   decoder_groups=groups, n_head=heads if type(heads) is int and heads > 0 else max(D // 64, 1),
                   frames=frames if type(frames) is int and frames > 0 else 1024, **(EAT if single else AUTHORS))
     try:
-        config = ASDAConfig(**{**fields, **overrides})
+        config = check_model(ASDAConfig(**{**fields, **overrides}))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f'{path}: {error}') from None
     stored = weights.get(POSITIONS)

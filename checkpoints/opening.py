@@ -5,10 +5,12 @@ from dataclasses import dataclass
 
 import torch
 
+import fast
 from audio import WINDOWS
 from checkpoints import authors, saving
 from engine.errors import CheckpointError, ConfigError
 from engine.processes import in_float32
+from engine.ranges import check_model
 from model import ASDA, ASDAConfig, Classifier
 
 
@@ -46,7 +48,7 @@ def open_checkpoint(path):
 def open_ours(path, state):
     weights = saving.unwrapped(state['model'])
     try:
-        config = ASDAConfig(**state['config'])
+        config = check_model(ASDAConfig(**state['config']))
         spectrum = {'frames': config.frames,
                     **{name: state['input'][name] for name in ('window', 'mean', 'std', 'repeat')}}
         is_classifier = 'head.weight' in weights
@@ -69,6 +71,7 @@ def open_ours(path, state):
 
 def loaded(model, spectrum, classes=None, multi_label=None, settings=()):
     """A classifier's head computes in float32: logits of 8 bits rank otherwise."""
+    fast.apply(model)
     is_classifier = isinstance(model, Classifier)
     if is_classifier:
         in_float32(model.head_norm, model.head)

@@ -162,7 +162,6 @@ def start(device='auto', threads=0, deterministic=False):
         torch.use_deterministic_algorithms(True)
     if threads:
         torch.set_num_threads(threads)
-    keep_freed_memory()
     rank, world, local = (int(os.environ.get(name, default))
                           for name, default in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
     if device == 'auto':
@@ -178,15 +177,6 @@ def start(device='auto', threads=0, deterministic=False):
     if world > 1:
         dist.init_process_group('cpu:gloo,cuda:nccl' if device == 'cuda' else 'gloo')
     return Process(rank, world, torch.device(device, local) if device == 'cuda' else torch.device(device))
-
-
-def keep_freed_memory():
-    """Let the C library reuse the memory of large tensors instead of returning it to the system, which then clears it
-    page by page at every step: a tenth of a step of the base model on a CPU. Where there is no glibc, nothing."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)                                                      # M_MMAP_MAX
-        mallopt(-1, 2 ** 31 - 1)                                            # M_TRIM_THRESHOLD
 
 
 def distribute(model, process):

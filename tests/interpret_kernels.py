@@ -14,8 +14,9 @@ from triton.runtime import interpreter
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import data  # noqa: E402
-import kernels  # noqa: E402
-from model import ASDA, ASDAConfig, use_kernels  # noqa: E402
+import fast  # noqa: E402
+from fast import kernels  # noqa: E402
+from model import ASDA, ASDAConfig  # noqa: E402
 
 # V, rows, columns, D, groups; then B, N, h, d, lambda, norm
 CONV = [(3, 5, 3, 48, 4), (2, 7, 8, 96, 2), (1, 4, 5, 80, 1), (20, 13, 8, 8, 1)]
@@ -164,7 +165,7 @@ def whole_model():
 
     def run(dtype, bfloat16, names):
         model = copy.deepcopy(reference).to(dtype)
-        use_kernels(model, names)
+        fast.apply(model, names)
         with torch.autocast('cpu', torch.bfloat16, enabled=bfloat16):
             loss, _ = model(spec.to(dtype), mask, noise.to(dtype))
         loss.backward()

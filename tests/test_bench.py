@@ -152,7 +152,6 @@ def test_flops_are_those_that_pytorch_counts(changes, monkeypatch):
     """Exactly, by kind of operation. One group, as PyTorch's counter takes the weight gradient of a grouped convolution
     for `groups` times what it is; grouped ones are compared in the forward pass. Without the measures that are logged,
     variances by matmul, which are no part of the training."""
-    monkeypatch.setattr(model_file, 'MAX_MAP', 0)
     monkeypatch.setattr(model_file, 'masked_variance', lambda x, weight: x.flatten(0, -2).var(dim=0), raising=False)
     config = ASDAConfig(**{**SMALL, **changes, 'decoder_groups': 1})
     parts = bench.flops(config)

@@ -14,8 +14,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import kernels
-from kernels import choose
+from fast import kernels
+from fast.kernels import choose
 
 from .conftest import ROOT, script
 
@@ -63,7 +63,7 @@ def test_kernels_equal_the_plain_expressions_in_the_interpreter():
 
 
 def test_importing_without_triton():
-    run = script('-c', 'import sys; sys.modules["triton"] = None; import kernels, torch\n'
+    run = script('-c', 'import sys; sys.modules["triton"] = None; import torch; from fast import kernels\n'
                  'print(kernels.choose("auto", {}, "cuda", torch.bfloat16))')
     assert run.returncode == 0 and run.stdout.count('Triton is not installed') == 2, run.stdout + run.stderr
 

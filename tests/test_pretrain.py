@@ -16,12 +16,12 @@ import pytest
 import torch
 
 import data
-import kernels
 import pretrain
 from checkpoints import saving
 from configurator import configure
 from engine import processes
 from engine.errors import RunError
+from fast import kernels
 from scoring import monitor
 from tools import bench
 

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 import configurator
 import data
+import fast
 import finetune
 import prepare
 import pretrain
@@ -227,7 +228,7 @@ def training_step(bench):
     torch.manual_seed(settings.seed)
     model = ASDA(config).to(process.device)
     optimizer = pretrain.make_optimizer(model, settings, dataclasses.replace(process, rank=1))      # prints nothing
-    pretrain.choose_kernels(model, config, settings, {}, process)
+    fast.apply(model, fast.choose(settings, config, {}, process))
     if settings.compile and processes.can_compile(process):
         model.compile(mode=settings.compile_mode)
     spec, count = spectrograms(bench), itertools.count()
@@ -354,6 +355,7 @@ def measure_finetune_data(bench):
                                        settings.roll, settings.noise, settings.input_mask, settings.mixup)
         torch.manual_seed(settings.seed)
         model = Classifier(dataclasses.replace(config, drop_path=settings.drop_path), CLASSES).to(process.device)
+        fast.apply(model)
         optimizer = finetune.make_optimizer(model, settings, dataclasses.replace(process, rank=1))
         if bench.settings.compile and processes.can_compile(process):
             model.compile()
