@@ -185,7 +185,7 @@ def write_noise(folder, clips, samples):
              hashes=np.arange(clips, dtype=np.uint32), stats=np.zeros((clips, len(WINDOWS), 2)))
     with open(os.path.join(folder, 'noise', 'meta.json'), 'w', encoding='utf-8') as f:
         dump({'name': 'noise', 'version': FORMAT_VERSION, 'sample_rate': SAMPLE_RATE, 'folds': [],
-              'classes': [str(i) for i in range(CLASSES)], 'multi_label': False, 'splits': {}}, f)
+              'classes': [str(i) for i in range(CLASSES)], 'multi_label': False, 'splits': {'train': {}}}, f)
     return open_clips(['noise'], folder)
 
 
