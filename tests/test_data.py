@@ -22,6 +22,7 @@ from audio import clips as clips_file
 from audio.clips import Clips, carve_validation, open_clips, sampling_weights, task_splits
 from engine.errors import ConfigError, DataError
 from engine.randomness import STREAMS, random
+from fast import spectrogram
 
 from .conftest import SHARED, needs_shared
 
@@ -36,12 +37,16 @@ def check_batch(waves, window):
     batch = torch.zeros(len(waves), int(lengths.max()))
     for row, wave in zip(batch, waves):
         row[:len(wave)] = wave
-    result = data.fbank(batch, lengths, window)
-    assert result.shape == (len(waves), frames_in(int(lengths.max())), 128)
-    for row, wave in zip(result, waves):
-        want = reference_fbank(wave, window)
-        assert (row[:len(want)] - want).abs().max() < 1e-3
-        assert not row[len(want):].any()                                    # padding is 0 in the log-mel domain
+    plain, fast = data.fbank(batch, lengths, window), spectrogram.fbank(batch, lengths, window)
+    for result in (plain, fast):
+        assert result.shape == (len(waves), frames_in(int(lengths.max())), 128)
+        for row, wave in zip(result, waves):
+            want = reference_fbank(wave, window)
+            assert (row[:len(want)] - want).abs().max() < 1e-3
+            assert not row[len(want):].any()                                # padding is 0 in the log-mel domain
+    assert (plain - fast).abs().max() < 1e-3 and (plain - fast).abs().mean() < 1e-6
+    for wave in waves:                                                      # alone: the very bits
+        assert torch.equal(data.fbank(wave[None], torch.tensor([len(wave)]), window)[0], reference_fbank(wave, window))
 
 
 @pytest.mark.parametrize('window', WINDOWS)
@@ -95,6 +100,16 @@ def test_log_mel_pads_cuts_and_normalises():
     heard = quiet > -15                                             # the lowest bands hold no FFT bin: always the floor
     assert heard.float().mean() > 0.95
     torch.testing.assert_close(louder[heard], quiet[heard] + 2 * np.log(2), atol=2e-3, rtol=0)
+
+
+def test_log_mel_takes_the_fast_form(monkeypatch):
+    """What is trained on does not change with it: the same numbers as data.fbank's to rounding."""
+    pcm = torch.randint(-3000, 3000, (2, 6000), dtype=torch.int16, generator=torch.Generator().manual_seed(0))
+    arguments = pcm, torch.tensor([6000, 4000]), 32, 'hamming', -4.0, 2.0
+    fast, asked = data.log_mel(*arguments), []
+    monkeypatch.setattr(spectrogram, 'fbank', lambda *a: asked.append(a) or data.fbank(*a))
+    torch.testing.assert_close(data.log_mel(*arguments), fast, atol=1e-5, rtol=0)
+    assert len(asked) == 1
 
 
 def test_a_clip_of_one_window_or_of_silence():

@@ -41,6 +41,7 @@ from engine import processes, randomness
 from engine.errors import ROOT, ConfigError, RunError
 from engine.files import replacing
 from engine.run import ahead as read_ahead
+from fast.spectrogram import fbank
 from model import ASDA, ASDAConfig, Classifier, n_kept
 from tools import authors_arrangement as authors
 
@@ -281,7 +282,7 @@ def measure_data(bench):
 
 
 def measure_fbank(bench):
-    """data.fbank of a batch against torchaudio's clip by clip, on one and on all threads; on a GPU ours there too."""
+    """fbank of a batch against torchaudio's clip by clip, on one and on all threads; on a GPU ours there too."""
     pcm, lengths = noise_pcm(min(bench.settings.batch_size, 8), CLIP_SECONDS * SAMPLE_RATE)
     wave, window, device, figures = pcm.float() / 32768, bench.settings.window, bench.process.device, {}
 
@@ -290,7 +291,7 @@ def measure_fbank(bench):
             authors.clip_fbank(clip, window)
     for number in sorted({1, torch.get_num_threads()}):
         contenders = {f'kaldi_ms_per_clip, threads = {number}': on_threads(number, clip_by_clip),
-                      f'ours_ms_per_clip, threads = {number}': on_threads(number, data.fbank, wave, lengths, window)}
+                      f'ours_ms_per_clip, threads = {number}': on_threads(number, fbank, wave, lengths, window)}
         measured = median_seconds(bench, f'fbank, threads = {number}', **contenders)
         figures |= {name: seconds / len(wave) * 1e3 for name, seconds in measured.items()}
         kaldi, ours = measured.values()
@@ -298,7 +299,7 @@ def measure_fbank(bench):
     if device.type != 'cpu':
         there = wave.to(device), lengths.to(device), window
         figures['ours_ms_per_clip, on the device'] = median_seconds(
-            bench, 'fbank', ours=lambda: data.fbank(*there))['ours'] / len(wave) * 1e3
+            bench, 'fbank', ours=lambda: fbank(*there))['ours'] / len(wave) * 1e3
     return figures
 
 
