@@ -8,6 +8,7 @@ import pretrain
 from configurator import configure
 from engine.errors import ConfigError
 
+from . import settings_table
 from .conftest import ROOT, call, is_one_line_error, script
 
 SCRIPT = '''"""A script."""
@@ -205,3 +206,13 @@ def test_works_from_any_folder(tmp_path):
 def test_importing_a_script_starts_nothing(tmp_path):
     result = script('-c', 'import pretrain, finetune, eval, prepare; print("imported")')
     assert result.stdout == 'imported\n', result.stderr
+
+
+def test_the_page_of_settings_is_that_of_the_scripts():
+    found = settings_table.defaults()
+    assert found['n_layer']['model'] == 12 and set(found['lr']) >= {'pretrain', 'finetune'} and len(found) > 100
+    who = settings_table.who_on_the_page()
+    assert who.keys() == found.keys(), 'python -m tests.settings_table writes the page anew'
+    assert [name for name, text in who.items() if len(text) < 5] == [], 'docs/settings.md: who would set these?'
+    with open(settings_table.PAGE, encoding='utf-8') as f:
+        assert f.read() == settings_table.page(), 'python -m tests.settings_table writes the page anew'
