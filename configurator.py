@@ -5,7 +5,9 @@
 A script's settings are the assignments of a plain value (number, string, bool, None) to a lower-case name at the top of
 its file, with a comment each; a dataclass (the model's configuration) can lend its fields too. An override file is
 ordinary Python and is executed: it is code, trusted as such. It sees the settings by name, so that it can compute one
-from others, and every lower-case name that it leaves behind must be a setting. The command line comes last and wins.
+from others, and every lower-case name that it leaves behind must be a setting; what it imports or defines, and names
+that begin with an underscore, are its own. include('other.py') runs another file first. What the command line sets is
+set before the files, so that they compute with it, and stays.
 
 This file must not know what any setting means.
 """
@@ -20,7 +22,8 @@ from engine.errors import ConfigError
 
 
 class Settings(types.SimpleNamespace):
-    """One attribute per setting; `given`, outside vars(), names those that a file or the command line has set."""
+    """One attribute per setting. `given`, which is no setting and not in vars(): the names of those that a file or the
+    command line has set, be it to their defaults."""
     __slots__ = ('given',)
 
     def but(self, **changes):
@@ -34,7 +37,7 @@ def settings_of(path, class_name=None):
     """-> {name: (default, comment)} of a script's settings, or of a dataclass in it, in the order of the file."""
     with open(path, encoding='utf-8') as f:
         source = f.read()
-    comments, alone = {}, set()
+    comments, alone, found, values = {}, set(), {}, {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             comments[token.start[0]] = token.string.lstrip('# ')
@@ -43,27 +46,43 @@ def settings_of(path, class_name=None):
     body = ast.parse(source).body
     if class_name:
         body = next(node.body for node in body if isinstance(node, ast.ClassDef) and node.name == class_name)
-    found = {}
     for node in body:
-        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, 'target', None)
-        if not isinstance(node, (ast.Assign, ast.AnnAssign)) or not isinstance(target, ast.Name) or node.value is None:
+        names = assigned_names(node)
+        if not names:
             continue
-        if not target.id.islower() or target.id.startswith('_'):
-            continue
+        if isinstance(node, ast.AnnAssign):                 # its annotation does not matter
+            node = ast.copy_location(ast.Assign([node.target], node.value), node)
         try:
-            default = ast.literal_eval(node.value)
-        except ValueError:
-            continue
+            exec(compile(ast.Module([node], []), path, 'exec'), {'__builtins__': {}}, values)
+            for name in filter(is_setting, names):
+                ast.literal_eval(repr(values[name]))
+        except Exception:
+            if any(map(is_setting, names)):
+                raise ConfigError(f'{path}, line {node.lineno}: {" and ".join(names)} must be plain values to be '
+                                  'settings; in capitals or with an underscore ahead they are none') from None
         line, comment = node.end_lineno, [comments.get(node.end_lineno, '')]
         while line + 1 in alone:                            # a comment may go on over the next lines
             line += 1
             comment.append(comments[line])
-        found[target.id] = (default, ' '.join(comment).strip())
+        found.update({name: (values[name], ' '.join(comment).strip()) for name in names if is_setting(name)})
     return found
 
 
+def assigned_names(node):
+    """The names that a statement assigns, in order; none for other statements."""
+    if not isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)) or node.value is None:
+        return []
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+    return [part.id for target in targets for part in ast.walk(target)
+            if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)]
+
+
+def is_setting(name):
+    return name.islower() and not name.startswith('_')
+
+
 def configure(script, argv, *lenders):
-    """Resolve a script's settings: defaults, then override files, then --key=value.
+    """Resolve a script's settings: defaults, then override files, which see --key=value and do not change it.
 
     script: path of the script; argv: sys.argv[1:]; lenders: (path, class name) of dataclasses whose fields are settings
     too, (path,) of scripts whose settings are.
@@ -75,17 +94,16 @@ def configure(script, argv, *lenders):
     if '--help' in argv or '-h' in argv:
         print_help(script, known)
         raise SystemExit(0)
-    values = {name: default for name, (default, _) in known.items()}
     files, overrides = parse_arguments(argv, known)
-    given = set()
+    line = {name: checked(name, from_text(name, text, known[name][0]), known[name][0], 'the command line')
+            for name, text in overrides}
+    values = {**{name: default for name, (default, _) in known.items()}, **line}
+    namespace = Namespace(values, line)
     for path in files:
-        before, values = values, run_config_file(path, values, known)
-        given |= {name for name in values if values[name] != before[name]}
-    for name, text in overrides:
-        given.add(name)
-        values[name] = checked(name, from_text(name, text, known[name][0]), known[name][0], 'the command line')
-    settings = Settings(**values)
-    settings.given = given
+        namespace.run(path)
+    set_in_files = namespace.settings(known)
+    settings = Settings(**{**values, **set_in_files, **line})
+    settings.given = set_in_files.keys() | line.keys()
     return settings
 
 
@@ -123,35 +141,81 @@ def parse_arguments(argv, known):
     return files, overrides
 
 
-def run_config_file(path, values, known):
-    """Execute an override file on top of values (trusted Python) and return the new values."""
+class Namespace(dict):
+    """What override files see and assign. It notes each assigned name with the value and the file, whatever the value
+    was before; names in `fixed`, the command line's, keep theirs."""
+
+    def __init__(self, values, fixed):
+        super().__init__(values, include=self.include)
+        self.before, self.fixed, self.assigned, self.files = dict(self), fixed, {}, []
+
+    def __setitem__(self, name, value):
+        self.assigned[name] = value, self.files[-1]
+        if name not in self.fixed:
+            super().__setitem__(name, value)
+
+    def __delitem__(self, name):
+        super().__delitem__(name)
+        self.assigned.pop(name, None)
+
+    def include(self, path):
+        """Run another file, named relative to the one that includes it, as if it stood here."""
+        self.run(os.path.join(os.path.dirname(self.files[-1]), path))
+
+    def run(self, path):
+        """Execute an override file (trusted Python). Raises ConfigError."""
+        if os.path.realpath(path) in map(os.path.realpath, self.files):
+            raise ConfigError(f'{path} includes itself, by way of {self.files[-1]}')
+        code = compiled(path)
+        self.files.append(path)
+        try:
+            super().__setitem__('__file__', os.path.abspath(path))
+            exec(code, self)
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise ConfigError(f'{path} stopped with {type(error).__name__}: {error}') from None
+        finally:
+            self.files.pop()
+            super().__setitem__('__file__', os.path.abspath((self.files or [path])[-1]))
+        for name in self.before.keys() & self.keys() - self.assigned.keys():
+            if self[name] is not self.before[name]:                         # by a function's `global`
+                self.assigned[name] = self[name], path
+
+    def settings(self, known):
+        """-> {name: value} of the settings that the files have set. Raises ConfigError."""
+        found = {}
+        for name, (value, path) in self.assigned.items():
+            if is_setting(name) and (name in known or not callable(value) and not isinstance(value, types.ModuleType)):
+                require_known(name, known, path, f'; a name of the file\'s own begins with an underscore: _{name}')
+                found[name] = checked(name, value, known[name][0], path)
+        return found
+
+
+def compiled(path):
+    """An override file's code. A line that has no effect, say lr == 3, is an error: it was meant to set something."""
     try:
         with open(path, encoding='utf-8') as f:
-            code = compile(f.read(), path, 'exec')
+            tree = ast.parse(f.read(), path)
+        code = compile(tree, path, 'exec')
     except OSError as error:
         raise ConfigError(f'cannot read the config file {path}: {error.strerror}') from None
     except (SyntaxError, ValueError) as error:
         raise ConfigError(f'{path} is not valid Python: {error}') from None
-    namespace = dict(values, __file__=os.path.abspath(path))
-    try:
-        exec(code, namespace)
-    except Exception as error:
-        raise ConfigError(f'{path} stopped with {type(error).__name__}: {error}') from None
-    result = dict(values)
-    for name, value in namespace.items():
-        if name.startswith('_') or isinstance(value, (types.ModuleType, types.FunctionType)) or not name.islower():
-            continue
-        require_known(name, known, path)
-        result[name] = checked(name, value, known[name][0], path)
-    return result
+    for node in ast.walk(tree):
+        is_text = isinstance(node, ast.Expr) and isinstance(getattr(node.value, 'value', None), str)
+        if (isinstance(node, ast.Expr) and not is_text and not isinstance(node.value, ast.Call)
+                or isinstance(node, ast.AnnAssign) and node.value is None):
+            raise ConfigError(f'{path}, line {node.lineno}: `{ast.unparse(node)}` sets nothing: write NAME = VALUE')
+    return code
 
 
-def require_known(name, known, where):
+def require_known(name, known, where, advice=''):
     if name in known:
         return
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f'did you mean {near[0]!r}?' if near else 'see --help for the keys'
-    raise ConfigError(f'unknown key {name!r} in {where}: {hint}')
+    raise ConfigError(f'unknown key {name!r} in {where}: {hint}{advice}')
 
 
 def from_text(name, text, default):

@@ -17,61 +17,32 @@ from torchaudio.compliance import kaldi
 from audio import HOP_SAMPLES, N_MELS, SAMPLE_RATE, WINDOW_SAMPLES, frames_in, samples_for
 from engine.loading import loader  # noqa: F401  (data.loader)
 from engine.randomness import random
-
-# ----------------------------------------------------------------------------------------------------------- randomness
-
+from fast import spectrogram
 
 # --------------------------------------------------------------------------------------------------------- spectrograms
 
-
 @functools.lru_cache(maxsize=8)
-def window_and_banks(window, device):
-    """(400,) kaldi window (symmetric, unlike torch's default) and the (257, 128) mel filters, 20 Hz - 8 kHz, in blocks.
-
-    A filter covers few of the 257 frequencies, so that blocks of 16 filters spare three quarters of the product. Each:
-    (first, last) row of the interleaved squares of real and imaginary parts that it needs, and its weights for them.
-    """
+def window_and_filters(window, device):
+    """(400,) kaldi window (symmetric, unlike torch's default) and the (257, 128) mel filters, 20 Hz - 8 kHz."""
     make = {'hamming': torch.hamming_window, 'hanning': torch.hann_window}[window]
-    banks, _ = kaldi.get_mel_banks(N_MELS, 512, SAMPLE_RATE, 20.0, 0.0, 100.0, -500.0, 1.0)         # (128, 256)
-    blocks = []
-    for filters in banks.split(16):
-        used = filters.any(dim=0).nonzero()
-        first, last = int(used[0]), int(used[-1]) + 1
-        blocks.append((2 * first, 2 * last, filters[:, first:last].T.repeat_interleave(2, dim=0).to(device)))
-    return make(WINDOW_SAMPLES, periodic=False).to(device), blocks
+    filters, _ = kaldi.get_mel_banks(N_MELS, 512, SAMPLE_RATE, 20.0, 0.0, 100.0, -500.0, 1.0)       # (128, 256)
+    return make(WINDOW_SAMPLES, periodic=False).to(device), F.pad(filters, (0, 1)).T.to(device)
 
 
 def fbank(wave, lengths, window='hamming'):
-    """Kaldi's log-mel filterbank of a batch, equal to torchaudio.compliance.kaldi.fbank clip by clip, to rounding.
+    """Kaldi's log-mel filterbank of a batch, equal to torchaudio.compliance.kaldi.fbank clip by clip.
 
     wave (B, samples) float32 in [-1, 1], zero behind each clip's end; lengths (B,) its real samples; window 'hamming'
     or 'hanning'. -> (B, frames, 128): natural logarithm of the mel energies, 0 in the frames behind a clip's last.
     """
-    weights, blocks = window_and_banks(window, wave.device)
-    frames = wave.unfold(1, WINDOW_SAMPLES, HOP_SAMPLES)                    # (B, frames, 400), nothing copied
-    energies = wave.new_empty(*frames.shape[:2], N_MELS)
-    # On a CPU one clip at a time: its frames stay in the cache, several times faster than the whole batch.
-    size = 1 if wave.device.type == 'cpu' else max(len(wave), 1)
-    for some, out in zip(frames.split(size), energies.split(size)):
-        log_energies(some, weights, blocks, out)
-    real = torch.arange(energies.shape[1], device=wave.device) < frames_in(lengths)[:, None]
-    return energies * real[:, :, None]
-
-
-def log_energies(frames, window, blocks, out):
-    """(B, frames, 400) -> out (B, frames, 128). Up to the spectrum with kaldi's very rounding, which in a frame with
-    one loud frequency is what the quiet ones hold."""
+    weights, filters = window_and_filters(window, wave.device)
+    frames = wave.unfold(1, WINDOW_SAMPLES, HOP_SAMPLES)                    # (B, frames, 400)
     frames = frames - frames.mean(dim=2, keepdim=True)                      # DC offset
-    padded = frames.new_zeros(*frames.shape[:2], 512)
-    inside = padded[..., :WINDOW_SAMPLES]
-    previous = 0.97 * frames                                                # pre-emphasis; the first sample is its own
-    torch.sub(frames[..., 1:], previous[..., :-1], out=inside[..., 1:])     # predecessor
-    torch.sub(frames[..., :1], previous[..., :1], out=inside[..., :1])
-    inside *= window
-    spectrum = torch.fft.rfft(padded)                                       # (B, frames, 257)
-    squares = torch.view_as_real(spectrum).flatten(2).square_()             # (B, frames, 514), real and imaginary parts
-    torch.cat([squares[..., first:last] @ weights for first, last, weights in blocks], dim=2, out=out)
-    out.clamp_min_(torch.finfo(torch.float32).eps).log_()
+    previous = torch.cat([frames[..., :1], frames[..., :-1]], dim=2)        # the first sample is its own predecessor
+    frames = (frames - 0.97 * previous) * weights                           # pre-emphasis
+    power = torch.fft.rfft(frames, n=512).abs() ** 2                        # (B, frames, 257)
+    energies = (power @ filters).clamp_min(torch.finfo(torch.float32).eps).log()
+    return energies * (torch.arange(frames.shape[1], device=wave.device) < frames_in(lengths)[:, None])[:, :, None]
 
 
 def log_mel(pcm, lengths, frames, window, mean, std, gain=None, repeat=False):
@@ -90,7 +61,7 @@ def log_mel(pcm, lengths, frames, window, mean, std, gain=None, repeat=False):
         lengths = torch.full_like(lengths, wave.shape[1])
     if wave.shape[1] < WINDOW_SAMPLES:
         wave = F.pad(wave, (0, WINDOW_SAMPLES - wave.shape[1]))
-    x = fbank(wave, lengths, window)[:, :frames]
+    x = spectrogram.fbank(wave, lengths, window)[:, :frames]                # data.fbank, in less time
     x = F.pad(x, (0, 0, 0, frames - x.shape[1]))                            # zeros in the log-mel domain
     return (x - mean) / (2 * std)
 
@@ -121,9 +92,6 @@ def block_masks(batch, n_students, grid, mask_ratio, block, generator, adjust=0.
     keep = score.topk(n_keep, dim=1, sorted=False).indices
     mask = torch.ones(views, patches, dtype=torch.bool, device=device).scatter_(1, keep, False)
     return mask.view(batch, n_students, patches)
-
-
-# --------------------------------------------------------------------------------------------------------- packed clips
 
 
 # -------------------------------------------------------------------------------------------------------------- batches
@@ -208,7 +176,10 @@ class FinetuneBatches(torch.utils.data.Dataset):
 
     def __init__(self, clips, frames, batch_size, places, seed, n_layer, roll=False, noise=False, mask_ratio=0.0,
                  mixup=0.0, mixup_probability=0.9, weights=None, epoch_clips=0):
-        self.__dict__.update({name: value for name, value in locals().items() if name not in ('self', 'weights')})
+        self.clips, self.frames, self.batch_size, self.places, self.seed, self.n_layer = (
+            clips, frames, batch_size, places, seed, n_layer)
+        self.roll, self.noise, self.mask_ratio = roll, noise, mask_ratio
+        self.mixup, self.mixup_probability = mixup, mixup_probability
         self.samples = samples_for(frames)
         self.order = Order(len(clips), seed, weights, epoch_clips)
 

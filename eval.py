@@ -55,7 +55,7 @@ dtype = 'auto'              # float32 or bfloat16; auto: bfloat16 on a GPU that 
 workers = 0                 # processes that read clips ahead; 0: none
 threads = 0                 # CPU threads; 0: PyTorch's choice
 
-RANGES = {'labels_per_class': (0, 1e9), 'validation_part': (1e-6, 1), 'seed': (0, 2 ** 62), 'top_k': (1, 1e6),
+RANGES = {'labels_per_class': (0, 1e9), 'validation_part': (1e-6, 1), 'seed': (0, 2 ** 32 - 1), 'top_k': (1, 1e6),
           'max_minutes': (0.001, 1e5), 'frames': (0, 1e6), 'norm_mean': (-100, 100), 'norm_std': (1e-3, 100),
           'batch_size': (1, 1e6), 'workers': (0, 1000), 'threads': (0, 1000), 'window': (0, MAX_FRAMES / 100),
           'hop': (0, 1e6)}
@@ -181,7 +181,7 @@ def write_embeddings(loaded, settings, process, autocast):
                           'memory: embed smaller sets')
     cls, mean, patches, sound = embeddings(loaded.encoder, clips, loaded.spectrum, process, autocast, title='encoding',
                                            batch_size=settings.batch_size, workers=settings.workers)
-    starts = clips.arrays.get('start', np.zeros(len(clips))) / SAMPLE_RATE
+    starts = (np.zeros(len(clips)) if clips.start is None else clips.start) / SAMPLE_RATE
     if process.is_main:
         with replacing(settings.embed, 'wb') as f:
             np.savez(f, names=np.array(clips.keys()), start=starts, cls=cls, mean=mean,

@@ -21,7 +21,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import configurator
 import data
-import fast
 from audio import N_MELS
 from audio.clips import read_meta, sampling_weights, task_splits
 from checkpoints import saving
@@ -29,6 +28,7 @@ from checkpoints.opening import open_checkpoint
 from engine import processes, ranges
 from engine import run as running
 from engine.errors import ROOT, ConfigError
+from fast import forms
 from model import ASDAConfig, Classifier, count_parameters
 from scoring.judge import Judge, main_score
 
@@ -232,7 +232,7 @@ def train(settings, process, stop=None):
         process.print(f'{len(clips):,} training, {len(valid):,} validation, {len(test):,} test clips; '
                       f'{len(clips.classes)} classes; {config.frames} frames; log-mel mean {mean:.3f}, std {std:.3f}; '
                       f'{run.provenance}')
-        process.print(fast.apply(model.to(process.device)))
+        process.print(forms.apply(model.to(process.device)))
         optimizer = make_optimizer(model, settings, process)
         run.kept = {'classes': clips.classes, 'multi_label': clips.multi_label, 'best': -math.inf}
         run.load(model, optimizer, spectrum, clips.fingerprint())

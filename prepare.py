@@ -36,10 +36,10 @@ from audio.clips import FORMAT_VERSION, key_hash, read_meta
 from audio.decoding import NO_DECODER, decode
 from audio.sources import ARCHIVE_ERRORS, is_compressed_tar, read_bytes, reason_of
 from configurator import words
-from data import fbank
 from engine import processes
 from engine.errors import ConfigError, DataError
 from engine.files import printable, replacing
+from fast.spectrogram import fbank
 from recipes import audioset, demo, esc50, folder, fsdd, speechcommands
 
 source = ''             # archive or folder to read; fsdd, esc50 and speechcommands are downloaded without one

@@ -16,12 +16,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import configurator
 import data
-import fast
 from audio import N_MELS, SAMPLE_RATE, WINDOWS
 from audio.clips import open_clips, read_meta
 from engine import processes, randomness, ranges
 from engine import run as running
 from engine.errors import ROOT, ConfigError, RunError
+from fast import forms
 from model import ASDA, ASDAConfig, count_parameters, n_kept
 from scoring.monitor import labelled_clips, monitor
 
@@ -222,7 +222,7 @@ def train(settings):
                       f'{config.n_students} students')
         optimizer = make_optimizer(model, settings, process)
         stored = run.load(model, optimizer, spectrum, clips.fingerprint())
-        process.print(fast.apply(model, fast.choose(settings, config, stored, process)))
+        process.print(forms.apply(model, forms.choose(settings, config, stored, process)))
         network = run.network(mode=settings.compile_mode)
 
         per_process = settings.batch_size // process.world

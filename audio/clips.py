@@ -1,13 +1,16 @@
 """Prepared sets: packed clips in memory-mapped shards with their index, and the splits of a task.
 
-prepare.py writes them. Their files are hostile input too: checked before they are used.
+prepare.py writes them: shards, each a .pcm file of its clips' int16 samples, one behind the other, and an .npz file of
+the arrays in STORED; and meta.json. These files are hostile input too: checked before they are used.
 """
 import hashlib
 import json
 import os
 import re
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+from numpy import ndarray
 
 from audio import HOP_SAMPLES, N_MELS, SAMPLE_RATE, WINDOW_SAMPLES, WINDOWS, frames_in
 from engine.errors import DataError
@@ -15,36 +18,45 @@ from engine.randomness import random
 
 FORMAT_VERSION = 1
 MAX_OPEN_SHARDS = 128       # memory maps that a process keeps, each a file descriptor; AudioSet has some 930 shards
+# Arrays of a shard, a row per clip: their name here, type when written, kinds that are read, and shape behind the first
+# axis. Beside them: keys, skipped and plan.
+STORED = {'offsets': ('offset', np.int64, 'i', ()), 'lengths': ('length', np.int64, 'i', ()),
+          'labels': ('label', np.int32, 'iu', ()),                          # multi-label: (n, ceil(classes / 8)) uint8
+          'folds': ('fold', np.int16, 'i', ()), 'hashes': ('hash', np.uint32, 'u', ()),
+          'stats': ('stats', np.float64, 'f', (len(WINDOWS), 2))}
 
 
+@dataclass(eq=False)
 class Clips:
-    """Chosen clips of one or more prepared sets: index arrays in memory, PCM in memory-mapped shards.
-
-    Arrays, one entry per clip: shard, offset and length (samples), fold (index into fold_names), hash (stable, of
-    its key), label (class index, -1 without one; or packed bits (n, ceil(classes / 8)) for multi-label sets).
-    """
-
-    def __init__(self, shards, arrays, metas):
-        self.shards, self.arrays, self.metas = shards, arrays, metas
-        self.opened = {}
+    """Chosen clips of one or more prepared sets, or of waves in memory: arrays with an entry per clip, and where the
+    samples are."""
+    shards: list                # paths of shards without suffix, memory-mapped when read; of waves the samples
+    metas: list                 # the sets' meta.json; none of waves
+    offset: ndarray             # of the clip in its shard, samples
+    length: ndarray = None      # samples
+    shard: ndarray = None       # index into shards
+    row: ndarray = None         # of the clip in its shard's index
+    fold: ndarray = None        # index into the folds of its set's meta.json, -1 without one
+    hash: ndarray = None        # key_hash of its key
+    label: ndarray = None       # class index, -1 without one; multi-label: packed bits (n, ceil(classes / 8))
+    stats: ndarray = None       # (n, 2 windows, 2) sums of its log-mel values and of their squares, by prepare.py
+    key: ndarray = None         # names of waves
+    clip: ndarray = None        # of windows: the index of the clip that each is cut from,
+    start: ndarray = None       # and where in it the window begins, samples
+    opened: dict = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of_waves(cls, waves, keys):
         """Clips in memory, of int16 arrays and their names."""
-        lengths = np.array([len(wave) for wave in waves])
-        return cls([np.concatenate(waves)], {'shard': np.zeros(len(waves), int), 'length': lengths,
-                                             'offset': np.cumsum(lengths) - lengths, 'key': np.array(keys)}, [])
+        length = np.array([len(wave) for wave in waves])
+        return cls([np.concatenate(waves)], [], offset=np.cumsum(length) - length, length=length,
+                   shard=np.zeros(len(waves), int), key=np.array(keys))
 
     def __len__(self):
-        return len(self.arrays['offset'])
-
-    def __getattr__(self, name):
-        if name.startswith('__') or name == 'arrays' or name not in self.arrays:
-            raise AttributeError(name)
-        return self.arrays[name]
+        return len(self.offset)
 
     def __getstate__(self):                                                 # a worker process opens the shards itself
-        return {**self.__dict__, 'opened': {}}
+        return {**vars(self), 'opened': {}}
 
     @property
     def classes(self):
@@ -56,7 +68,8 @@ class Clips:
 
     def select(self, chosen):
         """The clips at these indices, or where this mask is True."""
-        return Clips(self.shards, {name: array[chosen] for name, array in self.arrays.items()}, self.metas)
+        return replace(self, **{name: array[chosen] for name, array in vars(self).items()
+                                if isinstance(array, ndarray)})
 
     def read(self, i, start=0, count=None):
         """int16 samples of clip i, at most count of them from start."""
@@ -65,7 +78,7 @@ class Clips:
             if len(self.opened) == MAX_OPEN_SHARDS:
                 del self.opened[next(iter(self.opened))]
             pcm = self.shards[shard]                                        # the path of a file, or its samples
-            self.opened[shard] = pcm if isinstance(pcm, np.ndarray) else np.memmap(pcm + '.pcm', np.int16, 'r')
+            self.opened[shard] = pcm if isinstance(pcm, ndarray) else np.memmap(pcm + '.pcm', np.int16, 'r')
         stop = length if count is None else min(length, start + count)
         return np.asarray(self.opened[shard][offset + start:offset + stop])
 
@@ -73,7 +86,7 @@ class Clips:
         """These clips cut into windows of so many samples, one every hop samples and the last at the clip's end.
 
         A tail of less than one patch behind the last window is left out, unless hop is finer than that. -> Clips with
-        two more arrays: clip, the index of each window's clip, and start, where in it the window begins (samples).
+        clip and start.
         """
         spare = 16 * HOP_SAMPLES if hop >= 16 * HOP_SAMPLES else 0
         counts = 1 + -(-np.maximum(self.length - samples - spare, 0) // hop)
@@ -81,40 +94,44 @@ class Clips:
         windows = self.select(clip)
         number = np.arange(len(clip)) - np.repeat(np.cumsum(counts) - counts, counts)       # of the window in its clip
         start = np.minimum(number * hop, np.maximum(windows.length - samples, 0))
-        windows.arrays.update(clip=clip, start=start, offset=windows.offset + start,
-                              length=np.minimum(windows.length - start, samples))
-        return windows
+        return replace(windows, clip=clip, start=start, offset=windows.offset + start,
+                       length=np.minimum(windows.length - start, samples))
 
     def keys(self):
         """The file names, read from the shards when asked for (they are the larger part of an index)."""
-        if 'key' in self.arrays:
+        if self.key is not None:
             return self.key.tolist()
         loaded = {shard: np.load(self.shards[shard] + '.npz')['keys'] for shard in np.unique(self.shard)}
         return [str(loaded[shard][row]) for shard, row in zip(self.shard, self.row)]
 
     def targets(self, indices):
-        """(len(indices), classes) float32: one-hot, or several ones per row for a multi-label set."""
+        """(len(indices), classes) float32: one-hot, or several ones per row for a multi-label set. Raises DataError."""
         if self.multi_label:
             return np.unpackbits(self.label[indices], axis=1, count=len(self.classes)).astype(np.float32)
+        if (self.label[indices] < 0).any():                                 # -1 would be the last class
+            raise DataError(f'{self.names()}: clips without a label have no targets')
         return np.eye(len(self.classes), dtype=np.float32)[self.label[indices]]
 
     def statistics(self, window):
-        """Mean and standard deviation of the log-mel values over all real frames of these clips."""
+        """Mean and standard deviation of the log-mel values over all frames of these clips, each in its whole length,
+        without padding. Raises DataError."""
         total, squares = self.stats[:, WINDOWS.index(window)].sum(axis=0)
         count = float(frames_in(self.length).sum() * N_MELS)
         mean = total / count
         variance = squares / count - mean ** 2
         if not variance > 1e-6:
-            names = ', '.join(meta['name'] for meta in self.metas)
-            raise DataError(f'the log-mel values of {names} do not vary: silence, or a damaged set')
+            raise DataError(f'the log-mel values of {self.names()} do not vary: silence, or a damaged set')
         return float(mean), float(np.sqrt(variance))
 
     def fingerprint(self):
         """A short text that changes when the chosen clips or their order change."""
         digest = hashlib.sha256(json.dumps([m['name'] for m in self.metas]).encode())
         for name in ('hash', 'length', 'label', 'stats'):
-            digest.update(np.ascontiguousarray(self.arrays[name]).tobytes())
+            digest.update(np.ascontiguousarray(getattr(self, name)).tobytes())
         return digest.hexdigest()[:16]
+
+    def names(self):
+        return ', '.join(meta['name'] for meta in self.metas)
 
 
 def open_clips(names, data_dir='data', splits=('train',), leave_out=(), only_fold=None):
@@ -130,11 +147,14 @@ def open_clips(names, data_dir='data', splits=('train',), leave_out=(), only_fol
         folder = os.path.join(data_dir, name)
         meta = read_meta(folder)
         out = left_out_of(name, meta, names, leave_out)
+        if not set(splits) & set(meta['splits']):
+            raise DataError(f'{folder} has no split {" or ".join(splits) or "at all"}, only '
+                            f'{", ".join(sorted(meta["splits"])) or "none"}')
         if only_fold is not None and only_fold not in meta['folds']:
             raise DataError(f'fold {only_fold!r} is not in {folder}: its folds are '
                             f'{", ".join(meta["folds"]) or "none"}')
         for split in splits:
-            if split in out:
+            if split in out or split not in meta['splits']:
                 continue
             found = 0
             for row_count, base, index in read_shards(folder, split, meta):
@@ -146,23 +166,27 @@ def open_clips(names, data_dir='data', splits=('train',), leave_out=(), only_fol
                 index.update(shard=np.full(row_count, len(shards), np.int32), row=np.arange(row_count, dtype=np.int32))
                 parts.append({key: array[chosen] for key, array in index.items()})
                 shards.append(base)
-            counted = meta.get('splits', {}).get(split, {}).get('clips', found)
+            counted = meta['splits'][split].get('clips', found)
             if found != counted:
                 raise DataError(f'{folder} holds {found} clips of the split {split}, its meta.json counts {counted}: '
                                 'a shard is missing; prepare the set again')
         metas.append(meta)
+    known = {split for meta in metas for split in meta['splits']}
+    if not known.issuperset(splits):
+        raise DataError(f'splits: none of {", ".join(names)} has {" or ".join(sorted(set(splits) - known))}, only '
+                        f'{", ".join(sorted(known))}')
     if len(metas) > 1:                                                  # classes of different sets have no common order
         parts = [{**part, 'label': np.full(len(part['offset']), -1, np.int32)} for part in parts]
     arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]} if parts else {}
     if not parts or not len(arrays['offset']):
         raise DataError(f'no clips left in {", ".join(names)} (splits {", ".join(splits)}, fold {only_fold}, '
                         f'left out: {", ".join(leave_out) or "nothing"})')
-    return Clips(shards, arrays, metas)
+    return Clips(shards, metas, **arrays)
 
 
 def left_out_of(name, meta, names, leave_out):
     """The folds and splits of this set that leave_out names; every entry must name a set in use and a part of it."""
-    splits, parts = sorted(meta.get('splits', {})), []
+    splits, parts = sorted(meta['splits']), []
     for entry in leave_out:
         owner, slash, part = entry.partition('/')
         if not slash or owner not in names:
@@ -207,8 +231,7 @@ def read_shards(folder, split, meta):
         base = os.path.join(folder, file[:-4])
         try:
             with np.load(base + '.npz', allow_pickle=False) as stored:
-                index = {'offset': stored['offsets'], 'length': stored['lengths'], 'label': stored['labels'],
-                         'fold': stored['folds'], 'hash': stored['hashes'], 'stats': stored['stats']}
+                index = {attribute: stored[name] for name, (attribute, *_) in STORED.items()}
             size = os.path.getsize(base + '.pcm') // 2
         except Exception as error:          # a damaged or hostile file can fail in any way; it is not a shard
             raise DataError(f'the shard {base} cannot be read ({type(error).__name__}: {str(error)[:100]}): delete it '
@@ -221,17 +244,14 @@ def read_shards(folder, split, meta):
 
 def shard_is_sound(index, size, meta):
     """Whether the arrays of a shard have the right types and shapes and stay within the PCM file and the classes."""
-    clips, label_dims = index['offset'].shape[:1], 2 if meta['multi_label'] else 1
-    kinds = {'offset': ('i', 1), 'length': ('i', 1), 'label': ('iu', label_dims), 'fold': ('i', 1), 'hash': ('u', 1),
-             'stats': ('f', 3)}
-    if any(array.dtype.kind not in kinds[name][0] or array.ndim != kinds[name][1] or array.shape[:1] != clips
-           for name, array in index.items()) or index['stats'].shape[1:] != (len(WINDOWS), 2):
-        return False
+    clips, classes, multi_label = index['offset'].size, len(meta['classes']), meta['multi_label']
+    for attribute, _, kinds, shape in STORED.values():
+        if attribute == 'label' and multi_label:
+            shape = (-(-classes // 8),)
+        if index[attribute].dtype.kind not in kinds or index[attribute].shape != (clips, *shape):
+            return False
     offset, length, fold, label = (index[name] for name in ('offset', 'length', 'fold', 'label'))
-    if meta['multi_label']:
-        labels_fit = label.shape[1] == -(-len(meta['classes']) // 8)
-    else:
-        labels_fit = ((label >= -1) & (label < len(meta['classes']))).all()
+    labels_fit = label.dtype == np.uint8 if multi_label else ((label >= -1) & (label < classes)).all()
     return bool(labels_fit and (offset >= 0).all() and (length >= WINDOW_SAMPLES).all()
                 and (offset <= size - length).all() and (fold >= -1).all() and (fold < len(meta['folds'])).all()
                 and np.isfinite(index['stats']).all())
@@ -243,8 +263,18 @@ def key_hash(key):
 
 
 def carve_validation(clips, part):
-    """Split training clips into (rest, validation) by the stable hash of their keys; part is validation's share."""
-    is_valid = clips.hash % 1000 < round(part * 1000)
+    """Split training clips into (rest, validation) by the stable hash of their keys; part is validation's share, about.
+
+    A class with one label a clip keeps at least one clip for training; it may have none for validation.
+    """
+    limit = round(part * 1000)
+    is_valid = clips.hash % 1000 < limit
+    if 0 < limit < 1000 and is_valid.all() == is_valid.any():               # all or none: sets prepared before have a
+        is_valid = clips.hash // 10000 % 1000 < limit                       # test part carved by the last four digits
+    if limit < 1000 and clips.label.ndim == 1:
+        for label in np.setdiff1d(clips.label[is_valid], clips.label[~is_valid]):
+            of_class = np.flatnonzero(clips.label == label)
+            is_valid[of_class[clips.hash[of_class].argmax()]] = False
     return clips.select(~is_valid), clips.select(is_valid)
 
 
@@ -277,14 +307,23 @@ def open_test(name, data_dir='data', fold=''):
     meta = read_meta(os.path.join(data_dir, name))
     if not meta['classes']:
         raise DataError(f'{name} has no labels: prepare it from folders named after their classes')
-    splits = list(meta.get('splits', {}))
+    splits = list(meta['splits'])
     if fold:
-        return open_clips([name], data_dir, splits, only_fold=fold)
+        return labelled(open_clips([name], data_dir, splits, only_fold=fold))
     if not {'test', 'eval'} & set(splits):
         raise DataError(f'{name} has no test split' + (
             f': name a fold to test on, --fold={meta["folds"][0]}' if meta['folds'] else
             ' and no folds: prepare it with a test part, or name another set'))
-    return open_clips([name], data_dir, [split for split in splits if split in ('test', 'eval')])
+    return labelled(open_clips([name], data_dir, [split for split in splits if split in ('test', 'eval')]))
+
+
+def labelled(clips):
+    """These clips, all of which must have a label, since -1 would be taken for a class. Raises DataError."""
+    missing = 0 if clips.multi_label else int((clips.label < 0).sum())
+    if missing:
+        raise DataError(f'{clips.names()} holds {missing} clips without a label among labelled ones: prepare it again '
+                        'without them, or as a set without labels')
+    return clips
 
 
 def task_splits(name, data_dir='data', fold='', labels_per_class=0, seed=1, validation_part=0.1, test_name=''):
@@ -296,11 +335,11 @@ def task_splits(name, data_dir='data', fold='', labels_per_class=0, seed=1, vali
     """
     test = open_test(test_name or name, data_dir, fold)
     leave_out = [f'{name}/{fold}'] if fold else []
-    whole = train = open_clips([name], data_dir, ['train'], leave_out)
+    whole = train = labelled(open_clips([name], data_dir, ['train'], leave_out))
     if test.classes != train.classes:
         raise DataError(f'{test_name} has other classes than {name}: {len(test.classes)} and {len(train.classes)}')
-    if 'valid' in train.metas[0].get('splits', {}):
-        valid = open_clips([name], data_dir, ['valid'], leave_out)
+    if 'valid' in train.metas[0]['splits']:
+        valid = labelled(open_clips([name], data_dir, ['valid'], leave_out))
     else:
         train, valid = carve_validation(train, validation_part)
     if labels_per_class:

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import torch
 
-import fast
 from audio import WINDOWS
 from checkpoints import authors, saving
 from engine.errors import CheckpointError, ConfigError
 from engine.processes import in_float32
 from engine.ranges import check_model
+from fast import forms
 from model import ASDA, ASDAConfig, Classifier
 
 
@@ -71,7 +71,7 @@ def open_ours(path, state):
 
 def loaded(model, spectrum, classes=None, multi_label=None, settings=()):
     """A classifier's head computes in float32: logits of 8 bits rank otherwise."""
-    fast.apply(model)
+    forms.apply(model)
     is_classifier = isinstance(model, Classifier)
     if is_classifier:
         in_float32(model.head_norm, model.head)

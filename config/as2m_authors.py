@@ -6,9 +6,9 @@ code").
 What it costs, how long it takes: as config/as2m.py (512 instead of 504 patches: 2 % more). What to expect: the
 paper's figures come from this code; we have not run it to the end. Time per step: see config/as2m.py.
 """
+include('as2m.py')
+
 out_dir = 'out/as2m_authors'
-dataset = 'as2m'
-norm_mean, norm_std = -4.268, 4.569
 window = 'hanning'
 frames = 1024                                   # 64 x 8 patches
 pos_embed = '2d'
@@ -16,14 +16,5 @@ n_head = 12
 diff_lambda = 0.1
 head_norm, attn_scale = 'all', 0.95
 decay_vectors = True
-utterance_scale = 192.0                         # their loss is a sum over 12 clips x 16 students of one GPU
-batch_size = 48
 max_steps = 800_000
 warmup_steps = 106_666
-lr = 5e-4
-weight_decay = 0.05
-ema_start, ema_end, ema_steps = 0.9998, 0.99999, 100_000
-log_interval = 50
-save_interval = 2000
-workers = 8
-compile = True

@@ -6,18 +6,12 @@ What it costs: 200 updates of 32 clips. Time: 16 seconds on two CPU cores. What 
 checkpoint 16 % (130 of 800), no better than from random weights (20 %, 160 of 800); from that of config/real.py 58 %
 (README, results).
 """
+include('finetune_small.py')
+
 out_dir = 'out/finetune_demo'
 dataset = 'demo'
 labels_per_class = 10
 max_steps = 200
 batch_size = 32
-warmup_steps = 20
-lr = 1e-3
-layer_decay = 1.0               # few layers
-pooling = 'mean'                # better than CLS on the validation part
 roll = True
 noise = True
-label_smoothing = 0.1
-eval_interval = 100
-log_interval = 50
-workers = 0

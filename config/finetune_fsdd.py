@@ -6,18 +6,13 @@
 What it costs: 300 updates of 32 clips. Time with the model of config/real.py: half a minute on one CPU core. What to
 expect: the table in the README's results.
 """
+include('finetune_small.py')
+
 out_dir = 'out/finetune_fsdd'
 dataset = 'fsdd'
 frames = 64                     # 0.64 s; nine of ten digits are shorter
 max_steps = 300
 batch_size = 32
 warmup_steps = 30
-lr = 1e-3
-layer_decay = 1.0               # few layers
-pooling = 'mean'                # better than CLS on the validation part
 roll = False                    # a digit that starts in its middle is another word
 noise = True
-label_smoothing = 0.1
-eval_interval = 100
-log_interval = 50
-workers = 0

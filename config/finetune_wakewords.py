@@ -5,19 +5,14 @@
 What it costs: 200 updates of 16 clips. Time with the model of config/real.py: about a minute on one CPU core. What
 to expect: the table in the README's results.
 """
+include('finetune_small.py')
+
 out_dir = 'out/finetune_wakewords'
 dataset = 'wakewords'
 labels_per_class = 10
 frames = 304                    # 3 s
 max_steps = 200
 batch_size = 16
-warmup_steps = 20
 lr = 5e-4
-layer_decay = 1.0               # few layers
-pooling = 'mean'                # better than CLS on the validation part
 roll = False
 noise = True
-label_smoothing = 0.1
-eval_interval = 100
-log_interval = 50
-workers = 0

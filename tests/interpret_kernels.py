@@ -14,8 +14,10 @@ from triton.runtime import interpreter
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import data  # noqa: E402
-import fast  # noqa: E402
-from fast import kernels  # noqa: E402
+from fast import (
+    forms,  # noqa: E402
+    kernels,  # noqa: E402
+)
 from model import ASDA, ASDAConfig  # noqa: E402
 
 # V, rows, columns, D, groups; then B, N, h, d, lambda, norm
@@ -165,7 +167,7 @@ def whole_model():
 
     def run(dtype, bfloat16, names):
         model = copy.deepcopy(reference).to(dtype)
-        fast.apply(model, names)
+        forms.apply(model, names)
         with torch.autocast('cpu', torch.bfloat16, enabled=bfloat16):
             loss, _ = model(spec.to(dtype), mask, noise.to(dtype))
         loss.backward()

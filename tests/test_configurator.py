@@ -8,6 +8,7 @@ import pretrain
 from configurator import configure
 from engine.errors import ConfigError
 
+from . import settings_table
 from .conftest import ROOT, call, is_one_line_error, script
 
 SCRIPT = '''"""A script."""
@@ -64,7 +65,91 @@ def test_override_file(path, tmp_path):
     assert (got.steps, got.lr, got.limit, got.name) == (4, 2.0, 7, 'demo')
 
 
+@pytest.mark.parametrize('text, given', [
+    ('steps = 10', 'steps'), ('steps = 2 * 5', 'steps'), ('steps: int = 10', 'steps'), ('steps += 0', 'steps'),
+    ('steps, lr = 10, 0.1', 'steps lr'), ('for steps in (7, 10): pass', 'steps'), ('if (steps := 10): pass', 'steps'),
+    ('def _set():\n    global steps\n    steps = 20\n_set()', 'steps'), ("globals().update(steps=20)", 'steps'),
+    ('quick = name = lr = 3\ndel quick, name', 'lr'), ('_steps = steps', ''),
+    ('print(steps)', ''), ('lr: float = lr', 'lr')])
+def test_what_a_file_assigns_is_given_be_it_the_default(path, tmp_path, text, given):
+    (tmp_path / 'config.py').write_text(text)
+    got = configure(path, [str(tmp_path / 'config.py')])
+    assert got.given == set(given.split())
+    assert (got.steps, got.lr) == (20 if '20' in text else 10, 3.0 if 'lr = 3' in text else 0.1)
+
+
+@pytest.mark.parametrize('text', ['from math import ceil', 'import os, math as mathematics', 'from os import path',
+                                  'def ceil(x):\n    return 4', 'ceil = lambda x: 4', 'class ceil: pass'])
+def test_what_a_file_imports_or_defines_is_no_setting(path, tmp_path, text):
+    (tmp_path / 'config.py').write_text(f'{text}\nsteps = 4\n')
+    got = configure(path, [str(tmp_path / 'config.py')])
+    assert got.steps == 4 and got.given == {'steps'} and 'ceil' not in vars(got)
+
+
+@pytest.mark.parametrize('argv, steps, lr, limit', [
+    ([], 20, 10.0, 20), (['--steps=8'], 8, 4.0, 8), (['--lr=1'], 20, 1.0, 20), (['--limit=5'], 20, 10.0, 5),
+    (['--steps=1e3', '--limit=1'], 1000, 500.0, 1)])
+def test_files_compute_with_the_command_line(path, tmp_path, argv, steps, lr, limit):
+    (tmp_path / 'config.py').write_text('steps = 20\nlr, limit = steps / 2, steps')
+    (tmp_path / 'second.py').write_text('steps *= 1\nlimit = steps')
+    for files in (['config.py'], ['config.py', 'second.py']):
+        got = configure(path, [str(tmp_path / file) for file in files] + argv)
+        assert (got.steps, got.lr, got.limit) == (steps, lr, limit)
+
+
+def shipped(stage, *argv):
+    return configure(os.path.join(ROOT, stage), list(argv), (os.path.join(ROOT, 'model.py'), 'ASDAConfig'))
+
+
+def test_the_shipped_files_compute_with_the_command_line():
+    config = os.path.join(ROOT, 'config')
+    assert shipped('pretrain.py', f'{config}/demo.py').ema_steps == 600
+    assert shipped('pretrain.py', f'{config}/demo.py', '--max_steps=200').ema_steps == 200
+    assert shipped('pretrain.py', '--max_steps=200', f'{config}/real.py').ema_steps == 200
+    large = shipped('pretrain.py', f'{config}/as2m.py', '--batch_size=96')
+    assert (large.max_steps, large.warmup_steps) == (398361, 49795)         # 20 and 2.5 epochs of 1,912,134 clips
+    assert 'pooling' in shipped('finetune.py', f'{config}/finetune_demo.py').given
+
+
+def test_a_file_builds_on_another(path, tmp_path):
+    (tmp_path / 'sub').mkdir()
+    (tmp_path / 'sub' / 'base.py').write_text("steps = 20\nlr = 0.5\nname = __file__\n")
+    (tmp_path / 'config.py').write_text("include('sub/base.py')\nlr = lr * 2\nlimit = __file__\n")
+    got = configure(path, [str(tmp_path / 'config.py'), '--steps=3'])
+    assert (got.steps, got.lr, got.given) == (3, 1.0, {'steps', 'lr', 'name', 'limit'})
+    assert [got.name, got.limit] == [str(tmp_path / file) for file in ('sub/base.py', 'config.py')]
+
+
+@pytest.mark.parametrize('base, message', [
+    (None, 'cannot read the config file .*base.py'), ('stepz = 1', "stepz.*base.py.*'steps'"),
+    ("include('config.py')", 'config.py includes itself'), ("include('base.py')", 'base.py includes itself'),
+    ('1 / 0', 'base.py'), ('steps = 1 / 0', 'base.py stopped with ZeroDivisionError'), ('steps = (', 'base.py')])
+def test_errors_of_the_file_that_another_builds_on_name_it(path, tmp_path, base, message):
+    if base is not None:
+        (tmp_path / 'base.py').write_text(base)
+    (tmp_path / 'config.py').write_text("include('base.py')")
+    with pytest.raises(ConfigError, match=message):
+        configure(path, [str(tmp_path / 'config.py')])
+
+
+def test_a_script_has_no_assignment_that_is_silently_no_setting(tmp_path):
+    script = tmp_path / 'script.py'
+    script.write_text('HIDDEN = [open]\nsteps = 20 * 5   # updates\nlr, decay = 0.5, -steps / 2\nname: str = "a" "b"\n')
+    assert configurator.settings_of(str(script)) == {'steps': (100, 'updates'), 'lr': (0.5, ''), 'decay': (-50.0, ''),
+                                                     'name': ('ab', '')}
+    for value in ('len("ab")', 'HIDDEN', 'open', 'lambda: 3', '[object]'):
+        script.write_text(f'HIDDEN = [open]\nlr = 0.5\nsteps = {value}\n')
+        with pytest.raises(ConfigError, match='script.py, line 3: steps must be'):
+            configurator.settings_of(str(script))
+
+
 @pytest.mark.parametrize('text, message', [
+    ('20 * 5', 'line 1: `20 . 5` sets nothing'), ('steps', '`steps` sets nothing'), ('lr == 3', '`lr == 3` sets'),
+    ('import os\nsteps: int', 'line 2: `steps: int` sets'), ('if steps:\n    steps, 3', 'line 2: '), ('5', '`5` sets'),
+    ('def lr(): pass', 'lr in .*config.py must be of type float'),
+    ('import os as name', 'name in .*must be of type str'),
+    ('half = steps / 2', "'half' in .*begins with an underscore: _half"),
+    ('for i in range(3): pass', 'underscore: _i'),
     ('stepz = 4', "stepz.*config.py.*did you mean 'steps'"), ('steps = "4"', 'steps'),
     ('steps = (', 'not valid Python'), ('steps = 1 / 0', 'ZeroDivisionError'), ('steps = True', 'steps')])
 def test_override_file_errors(path, tmp_path, text, message):
@@ -97,7 +182,7 @@ def test_shipped_configs_are_valid_and_say_what_they_cost(name):
     if not name.endswith('.py'):
         return
     stage = 'finetune.py' if name.startswith('finetune') else 'pretrain.py'
-    settings = configure(os.path.join(ROOT, stage), [path], (os.path.join(ROOT, 'model.py'), 'ASDAConfig'))
+    settings = shipped(stage, path)
     if stage == 'pretrain.py':
         pretrain.check(settings, 1)
         pretrain.model_config(settings)
@@ -121,3 +206,13 @@ def test_works_from_any_folder(tmp_path):
 def test_importing_a_script_starts_nothing(tmp_path):
     result = script('-c', 'import pretrain, finetune, eval, prepare; print("imported")')
     assert result.stdout == 'imported\n', result.stderr
+
+
+def test_the_page_of_settings_is_that_of_the_scripts():
+    found = settings_table.defaults()
+    assert found['n_layer']['model'] == 12 and set(found['lr']) >= {'pretrain', 'finetune'} and len(found) > 100
+    who = settings_table.who_on_the_page()
+    assert who.keys() == found.keys(), 'python -m tests.settings_table writes the page anew'
+    assert [name for name, text in who.items() if len(text) < 5] == [], 'docs/settings.md: who would set these?'
+    with open(settings_table.PAGE, encoding='utf-8') as f:
+        assert f.read() == settings_table.page(), 'python -m tests.settings_table writes the page anew'

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pickle
 import shutil
 import tarfile
 import time
@@ -18,8 +19,10 @@ from torchaudio.compliance import kaldi
 import data
 from audio import WINDOWS, frames_in, samples_for
 from audio import clips as clips_file
-from audio.clips import Clips, open_clips, sampling_weights, task_splits
-from engine.errors import DataError
+from audio.clips import Clips, carve_validation, open_clips, sampling_weights, task_splits
+from engine.errors import ConfigError, DataError
+from engine.randomness import STREAMS, random
+from fast import spectrogram
 
 from .conftest import SHARED, needs_shared
 
@@ -34,12 +37,16 @@ def check_batch(waves, window):
     batch = torch.zeros(len(waves), int(lengths.max()))
     for row, wave in zip(batch, waves):
         row[:len(wave)] = wave
-    result = data.fbank(batch, lengths, window)
-    assert result.shape == (len(waves), frames_in(int(lengths.max())), 128)
-    for row, wave in zip(result, waves):
-        want = reference_fbank(wave, window)
-        assert (row[:len(want)] - want).abs().max() < 1e-3
-        assert not row[len(want):].any()                                    # padding is 0 in the log-mel domain
+    plain, fast = data.fbank(batch, lengths, window), spectrogram.fbank(batch, lengths, window)
+    for result in (plain, fast):
+        assert result.shape == (len(waves), frames_in(int(lengths.max())), 128)
+        for row, wave in zip(result, waves):
+            want = reference_fbank(wave, window)
+            assert (row[:len(want)] - want).abs().max() < 1e-3
+            assert not row[len(want):].any()                                # padding is 0 in the log-mel domain
+    assert (plain - fast).abs().max() < 1e-3 and (plain - fast).abs().mean() < 1e-6
+    for wave in waves:                                                      # alone: the very bits
+        assert torch.equal(data.fbank(wave[None], torch.tensor([len(wave)]), window)[0], reference_fbank(wave, window))
 
 
 @pytest.mark.parametrize('window', WINDOWS)
@@ -93,6 +100,16 @@ def test_log_mel_pads_cuts_and_normalises():
     heard = quiet > -15                                             # the lowest bands hold no FFT bin: always the floor
     assert heard.float().mean() > 0.95
     torch.testing.assert_close(louder[heard], quiet[heard] + 2 * np.log(2), atol=2e-3, rtol=0)
+
+
+def test_log_mel_takes_the_fast_form(monkeypatch):
+    """What is trained on does not change with it: the same numbers as data.fbank's to rounding."""
+    pcm = torch.randint(-3000, 3000, (2, 6000), dtype=torch.int16, generator=torch.Generator().manual_seed(0))
+    arguments = pcm, torch.tensor([6000, 4000]), 32, 'hamming', -4.0, 2.0
+    fast, asked = data.log_mel(*arguments), []
+    monkeypatch.setattr(spectrogram, 'fbank', lambda *a: asked.append(a) or data.fbank(*a))
+    torch.testing.assert_close(data.log_mel(*arguments), fast, atol=1e-5, rtol=0)
+    assert len(asked) == 1
 
 
 def test_a_clip_of_one_window_or_of_silence():
@@ -334,7 +351,11 @@ def test_a_damaged_set_is_named(data_dir, tmp_path, kind):
 @pytest.mark.parametrize('options, message', [
     ({'names': []}, 'must name prepared sets'), ({'names': ['noises', 'noises']}, 'each once'),
     ({'names': ['absent']}, 'absent'),
-    ({'names': ['noises'], 'splits': ['valid']}, 'no clips left'),
+    ({'names': ['noises'], 'splits': ['valid']}, 'noises has no split valid, only test, train'),
+    ({'names': ['noises'], 'splits': []}, 'noises has no split'),
+    ({'names': ['noises', 'demo'], 'splits': ['train', 'tset']}, 'none of noises, demo has tset, only test, train'),
+    ({'names': ['noises'], 'splits': ['train', 'vaild', 'eval']}, 'has eval or vaild, only test, train'),
+    ({'names': ['noises'], 'leave_out': ['noises/train']}, 'no clips left'),
     ({'names': ['noises'], 'leave_out': ['noises']}, 'leave_out'),
     ({'names': ['noises'], 'leave_out': ['demo/1']}, 'leave_out'),
     ({'names': ['noises'], 'leave_out': ['noises/9']}, "no fold or split '9'"),
@@ -344,10 +365,101 @@ def test_wrong_selections_are_named(data_dir, options, message):
         open_clips(data_dir=data_dir, **options)
 
 
+def test_a_set_that_has_none_of_the_splits_is_named_and_one_that_lacks_some_is_not(data_dir, tmp_path):
+    shutil.copytree(os.path.join(data_dir, 'noises'), tmp_path / 'noises')
+    shutil.copytree(os.path.join(data_dir, 'demo'), tmp_path / 'demo')
+    rewrite_meta(tmp_path / 'noises', splits={'test': {}})
+    both = open_clips(['demo', 'noises'], str(tmp_path), ['train', 'test'])
+    assert len(both) == sum(len(open_clips([name], str(tmp_path), splits))
+                            for name, splits in (('demo', ['train', 'test']), ('noises', ['test'])))
+    with pytest.raises(DataError, match='noises has no split train, only test'):
+        open_clips(['demo', 'noises'], str(tmp_path), ['train'])
+
+
+def test_validation_and_test_of_sets_prepared_before_do_not_exclude_each_other():
+    """They had a test part carved by hash % 10000, of which validation takes the last three digits."""
+    hashes = np.random.default_rng(0).integers(2 ** 32, size=40000).astype(np.uint32)
+    for test_part in (0, 0.2, 0.5, 0.91, 0.95, 0.99):
+        kept = hashes[hashes % 10000 >= test_part * 10000]
+        clips = Clips([], [], np.arange(len(kept)), hash=kept, label=np.arange(len(kept)) % 3)
+        rest, valid = carve_validation(clips, 0.1)
+        assert sorted([*rest.offset, *valid.offset]) == clips.offset.tolist()
+        assert abs(len(valid) - len(kept) / 10) < 4 * np.sqrt(len(kept) * 0.09), test_part
+        if test_part <= 0.5:
+            assert set(valid.hash % 1000) == set(range(100))                # as runs that go on have it
+
+
+def test_a_class_never_loses_its_last_training_clip_to_validation():
+    hashes = np.array([5, 99, 7, 1500, 2, 150, 250, 350, 450], np.uint32)
+    clips = Clips([], [], np.arange(9), hash=hashes, label=np.array([0, 0, 1, 1, 2, 3, 3, -1, -1]))
+    rest, valid = carve_validation(clips, 0.1)
+    assert valid.offset.tolist() == [0, 2] and rest.offset.tolist() == [1, 3, 4, 5, 6, 7, 8]
+    for part, counts in ((0, (9, 0)), (1, (0, 9))):
+        assert tuple(map(len, carve_validation(clips, part))) == counts
+    bits = Clips([], [], np.arange(9), hash=hashes, label=np.zeros((9, 1), np.uint8))
+    assert carve_validation(bits, 0.1)[1].offset.tolist() == [0, 1, 2, 4]   # several labels: by the hash alone
+
+
+def test_clips_without_a_label_among_labelled_ones_are_no_class(data_dir, tmp_path):
+    shutil.copytree(os.path.join(data_dir, 'noises'), tmp_path / 'noises')
+    with np.load(tmp_path / 'noises' / 'train-00000.npz') as stored:
+        labels = stored['labels'].copy()
+    labels[[2, 5]] = -1
+    rewrite_shard(tmp_path / 'noises', labels=labels)
+    with pytest.raises(DataError, match='noises holds 2 clips without a label'):
+        task_splits('noises', str(tmp_path))
+    clips = open_clips(['noises'], str(tmp_path))                           # pre-training needs none
+    for indices in ([2], [0, 5], slice(0, 3)):
+        with pytest.raises(DataError, match='noises: clips without a label'):
+            clips.targets(indices)
+    assert clips.targets([0, 1]).tolist() == np.eye(2)[labels[:2]].tolist()
+    with pytest.raises(DataError, match='without a label'):                 # nor have the classes of two sets an order
+        open_clips(['noises', 'demo'], data_dir).targets([0])
+
+
+def test_clips_are_selected_and_pickled_with_all_their_arrays(data_dir):
+    clips = open_clips(['noises'], data_dir)
+    chosen = pickle.loads(pickle.dumps(clips.select([5, 1])))
+    assert chosen.keys() == [clips.keys()[5], clips.keys()[1]] and not chosen.opened
+    for name in ('shard', 'row', 'offset', 'length', 'fold', 'hash', 'label', 'stats'):
+        np.testing.assert_array_equal(getattr(chosen, name), getattr(clips, name)[[5, 1]])
+    np.testing.assert_array_equal(chosen.read(0), clips.read(5))
+    windows = chosen.windows(4000, 2000)
+    assert windows.select(windows.clip == 1).start.tolist() == list(windows.start[windows.clip == 1])
+
+
+@pytest.mark.parametrize('name, value', [('labels', np.zeros((4, 2), np.uint8)), ('labels', np.zeros((4, 1), np.int64)),
+                                         ('labels', np.zeros(4, np.uint8)), ('hashes', np.zeros(4, np.int64)),
+                                         ('stats', np.zeros((4, 2, 3))), ('folds', np.zeros(3, np.int16)),
+                                         ('folds', np.zeros(4, np.int16)), ('lengths', np.full(4, 399)),
+                                         ('offsets', np.array([0, 0, 0, 101])), ('offsets', np.array(0))])
+def test_a_shard_is_checked_against_one_table(name, value):
+    sound = {'offsets': np.zeros(4, np.int64), 'lengths': np.full(4, 400), 'labels': np.zeros((4, 1), np.uint8),
+             'folds': np.full(4, -1, np.int16), 'hashes': np.zeros(4, np.uint32), 'stats': np.zeros((4, 2, 2))}
+
+    def check(arrays):
+        return clips_file.shard_is_sound({clips_file.STORED[name][0]: array for name, array in arrays.items()}, 500,
+                                         {'classes': list('abc'), 'folds': [], 'multi_label': True})
+    assert check(sound) and not check({**sound, name: value})
+
+
+def test_seeds_of_more_bits_than_the_numbers_know_are_refused():
+    """numpy cuts 2^32 into words 0 and 1, so that seed 2^32 would order clips as seed 0 crops; torch forgets the 1."""
+    for seed in (0, 7, 2 ** 32 - 1):
+        assert (random(seed, 'crop', 3, 5).integers(2 ** 60)
+                == np.random.default_rng([seed, 1, 3, 5]).integers(2 ** 60))
+    for seed in (2 ** 32, 2 ** 33 + 1, 2 ** 62, -1):
+        with pytest.raises(ConfigError, match=f'seed = {seed} must be from 0 to 4294967295'):
+            random(seed, 'order', 0)
+    streams = [random(seed, stream, *where).integers(2 ** 60) for seed in (0, 1, 2 ** 32 - 1)
+               for stream in STREAMS for where in ((1, 2), (2, 1), (3, 4))]
+    assert len(set(streams)) == len(streams)
+
+
 def test_silence_has_no_statistics(data_dir):
     clips = open_clips(['noises'], data_dir)
     values = frames_in(clips.length)[:, None] * 128.0
-    clips.arrays['stats'] = np.stack([values * -15, values * 225], axis=2).repeat(2, axis=1)
+    clips.stats = np.stack([values * -15, values * 225], axis=2).repeat(2, axis=1)
     with pytest.raises(DataError, match='noises do not vary'):
         clips.statistics('hamming')
 
@@ -400,19 +512,19 @@ def test_weighted_draws_of_audioset_take_little_time_and_memory():
 
 def test_sampling_weights_are_audiomaes_formula():
     labels = np.random.default_rng(0).random((40000, 12)) < np.linspace(0.001, 0.5, 12)
-    clips = Clips([], {'offset': np.zeros(40000), 'label': np.packbits(labels, axis=1)},
-                       [{'classes': list(range(12)), 'multi_label': True}])
+    clips = Clips([], [{'classes': list(range(12)), 'multi_label': True}], np.zeros(40000),
+                  label=np.packbits(labels, axis=1))
     want = (labels * (1000 / (labels.sum(axis=0) + 0.01))).sum(axis=1)
     np.testing.assert_allclose(sampling_weights(clips), want, rtol=1e-5)
-    one = Clips([], {'offset': np.zeros(6), 'label': np.array([0, 0, 0, 1, 1, 2])},
-                     [{'classes': ['a', 'b', 'c'], 'multi_label': False}])
+    one = Clips([], [{'classes': ['a', 'b', 'c'], 'multi_label': False}], np.zeros(6),
+                label=np.array([0, 0, 0, 1, 1, 2]))
     np.testing.assert_allclose(sampling_weights(one), 1000 / (np.array([3, 3, 3, 2, 2, 1]) + 0.01), rtol=1e-6)
 
 
 def test_every_process_takes_its_share_of_one_weighted_draw():
     """The clips of two processes are, place by place, those of one."""
     weights = np.linspace(1, 2, 50)
-    clips = Clips([], {'offset': np.arange(50)}, [])
+    clips = Clips([], [], np.arange(50))
     parts = [data.FinetuneBatches(clips, 64, 8, data.mirrored_places(8, rank, 2), 3, 1, weights=weights, epoch_clips=20)
              for rank in (0, 1)]
     whole = data.FinetuneBatches(clips, 64, 8, range(8), 3, 1, weights=weights, epoch_clips=20)

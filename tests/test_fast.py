@@ -9,9 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import fast
 from checkpoints.opening import open_checkpoint
-from fast import kernels
+from fast import forms, kernels
 from model import ASDA, Classifier, DiffAttention, Encoder
 
 from .conftest import ROOT
@@ -49,17 +48,17 @@ def off(found, exact):
 
 @pytest.mark.parametrize('changes', [{}, {'head_norm': 'all', 'attn_scale': 0.95}, {'head_norm': 'none'},
                                      {'diff_lambda': 0.0}], ids=str)
-@pytest.mark.parametrize('form', fast.FORMS)
+@pytest.mark.parametrize('form', forms.FORMS)
 def test_a_form_computes_the_same(form, changes, plain_kernels, monkeypatch):
     """Loss and all gradients: float32 to 1e-5, bfloat16 within 1.5 times the plain network's own error."""
-    monkeypatch.setattr(fast, 'MAX_MAP', 0)                                 # the fused call on few tokens too
+    monkeypatch.setattr(forms, 'MAX_MAP', 0)                                 # the fused call on few tokens too
     torch.manual_seed(0)
     plain = ASDA(variant(**changes))
     with torch.no_grad():
         for p in plain.parameters():
             p += 0.1 * torch.randn_like(p)                                  # no bias zero, no weight of a norm one
     faster = copy.deepcopy(plain)
-    assert fast.FORMS[form][2] in fast.apply(faster, [form])
+    assert forms.FORMS[form][2] in forms.apply(faster, [form])
     assert faster.state_dict().keys() == plain.state_dict().keys()
     exact = loss_and_gradients(copy.deepcopy(plain), torch.float64, False)
     assert max(off(loss_and_gradients(copy.deepcopy(faster), torch.float32, False), exact)) < 1e-5
@@ -74,9 +73,9 @@ def test_a_form_computes_the_same(form, changes, plain_kernels, monkeypatch):
 def test_maps_in_memory_equal_the_fused_call(monkeypatch, head_norm, diff_lambda):
     module = random_attention(variant(head_norm=head_norm, diff_lambda=diff_lambda))
     x, results = torch.randn(2, 9, 32, dtype=torch.float64), []
-    fast.apply(module)
+    forms.apply(module)
     for limit in (0, 9):
-        monkeypatch.setattr(fast, 'MAX_MAP', limit)
+        monkeypatch.setattr(forms, 'MAX_MAP', limit)
         leaf = x.clone().requires_grad_()
         y = module(leaf)
         y.square().sum().backward()
@@ -86,13 +85,13 @@ def test_maps_in_memory_equal_the_fused_call(monkeypatch, head_norm, diff_lambda
 
 @pytest.mark.parametrize('diff_lambda, maps', [(0.0, 1), (0.3, 2)])
 def test_one_call_with_one_softmax_per_map(monkeypatch, diff_lambda, maps):
-    monkeypatch.setattr(fast, 'MAX_MAP', 0)                                 # as on a GPU, and on long inputs
+    monkeypatch.setattr(forms, 'MAX_MAP', 0)                                 # as on a GPU, and on long inputs
     shapes = []
     original = F.scaled_dot_product_attention
     monkeypatch.setattr(F, 'scaled_dot_product_attention',
                         lambda q, k, v: shapes.append((q.shape, k.shape, v.shape)) or original(q, k, v))
     module = DiffAttention(variant(diff_lambda=diff_lambda))
-    fast.apply(module)
+    forms.apply(module)
     module(torch.randn(2, 7, 32))
     assert shapes == [((2, 4 * maps, 7, 8),) * 3]
 
@@ -104,30 +103,30 @@ def test_long_inputs_hold_no_maps_in_memory(monkeypatch):
     monkeypatch.setattr(F, 'scaled_dot_product_attention', lambda *x: calls.append(x[0].shape[2]) or original(*x))
     encoder = Encoder(variant(n_layer=1))
     with torch.no_grad():
-        fast.apply(encoder)
+        forms.apply(encoder)
         encoder(torch.zeros(1, 128, 128))
         assert not calls
         encoder(torch.zeros(1, 2064, 128))
     assert calls == [1033]
     opened = open_checkpoint(f'{ROOT}/tests/fixtures/authors_tiny_finetune.pt')
-    assert {type(block.attn) for block in opened.classifier.encoder.blocks} == {fast.FusedAttention}
+    assert {type(block.attn) for block in opened.classifier.encoder.blocks} == {forms.FusedAttention}
 
 
 def test_what_was_replaced_is_said():
     model = ASDA(SMALL)
-    assert fast.apply(model) == ("faster forms: 10 LayerNorms in autocast's type; "
+    assert forms.apply(model) == ("faster forms: 10 LayerNorms in autocast's type; "
                                  '4 attentions without long maps in memory')
-    assert fast.apply(model) == 'faster forms: none'                        # nothing is replaced twice
-    assert fast.apply(model, fast.FORMS) == "faster forms: 2 students' attentions by Triton; 1 decoder by Triton"
-    assert type(model.teacher.blocks[0].attn) is fast.FusedAttention
-    assert fast.apply(Classifier(SMALL, 3)).startswith('faster forms: 6 LayerNorms')
+    assert forms.apply(model) == 'faster forms: none'                        # nothing is replaced twice
+    assert forms.apply(model, forms.FORMS) == "faster forms: 2 students' attentions by Triton; 1 decoder by Triton"
+    assert type(model.teacher.blocks[0].attn) is forms.FusedAttention
+    assert forms.apply(Classifier(SMALL, 3)).startswith('faster forms: 6 LayerNorms')
 
 
 def test_a_copy_keeps_its_forms_and_its_own_weights():
     model = ASDA(SMALL)
-    fast.apply(model)
+    forms.apply(model)
     other = copy.deepcopy(model)
-    assert type(other.encoder.norm) is fast.AutocastLayerNorm
+    assert type(other.encoder.norm) is forms.AutocastLayerNorm
     before = model(*small_batch(SMALL))[0]
     with torch.no_grad():
         for p in other.parameters():
@@ -151,7 +150,7 @@ def test_adapted_modules_are_used_by_the_triton_forms_too(plain_kernels):
         part = plain.decoder.convs if name == 'conv' else plain.encoder.blocks[0].attn
         setattr(part, '0' if name == 'conv' else name, Twice(getattr(part, '0' if name == 'conv' else name)))
         faster = copy.deepcopy(plain)
-        fast.apply(faster, fast.FORMS)
+        forms.apply(faster, forms.FORMS)
         want = plain(*small_batch(SMALL))[0]
         torch.testing.assert_close(faster(*small_batch(SMALL))[0], want, rtol=1e-5, atol=1e-5)
         assert len(called) == 2, name

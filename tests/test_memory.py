@@ -14,8 +14,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import fast
-from fast import kernels
+from fast import forms, kernels
 from model import ASDA, ASDAConfig, count_parameters, n_kept
 
 from .conftest import ROOT
@@ -54,7 +53,7 @@ def saved_bytes(config, clips):
     with FakeTensorMode(), torch.autocast('cpu', torch.bfloat16):
         spec, mask = torch.empty(clips, config.frames, config.n_mels), torch.empty(clips, n, P, dtype=torch.bool)
         model = ASDA(config)
-        fast.apply(model, fast.FORMS)
+        forms.apply(model, forms.FORMS)
         noise = torch.empty(clips * n, P, D, dtype=torch.bfloat16)
         with pytest.raises(Exception, match='Traced'):
             torch.compile(model, backend=backend, fullgraph=True)(spec, mask, noise)
@@ -66,7 +65,7 @@ def as_on_a_gpu(monkeypatch):
     """autocast of a GPU computes LayerNorm in float32, of a CPU in bfloat16; a GPU's attention keeps no maps."""
     layer_norm = F.layer_norm
     monkeypatch.setattr(F, 'layer_norm', lambda x, *rest, **more: layer_norm(x.float(), *rest, **more))
-    monkeypatch.setattr(fast, 'MAX_MAP', 0)
+    monkeypatch.setattr(forms, 'MAX_MAP', 0)
     monkeypatch.setattr(kernels, 'triton', None)                            # nothing is launched
 
 

@@ -13,9 +13,9 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import data
-import fast
 import model as model_module
 from engine.ranges import check_model
+from fast import forms
 from model import (
     ASDA,
     MAX_FRAMES,
@@ -69,8 +69,8 @@ def test_compiles_as_one_graph(device, dtype, monkeypatch):
                 mask, draws = torch.empty(2, 3, 32, dtype=torch.bool), torch.empty(2, 2, 2)
                 model, classifier = ASDA(variant(n_embd=64)), Classifier(variant(drop_path=0.1), 5)
             if device == 'cuda':
-                fast.apply(model, fast.FORMS)
-                fast.apply(classifier)
+                forms.apply(model, forms.FORMS)
+                forms.apply(classifier)
             for network, inputs in ((model, (spec, mask, noise)), (classifier, (spec, draws))):
                 with pytest.raises(BackendCompilerFailed, match='traced to the end'):
                     torch.compile(network, backend=backend, fullgraph=True)(*inputs)
@@ -132,7 +132,7 @@ def test_qk_without_lambda_has_no_second_map():
         assert DiffAttention(variant(diff_lambda=diff_lambda)).qk.weight.shape == (2 * maps * 32, 32)
 
 
-@pytest.mark.parametrize('replace', [lambda model: None, fast.apply], ids=['plain', 'fast'])
+@pytest.mark.parametrize('replace', [lambda model: None, forms.apply], ids=['plain', 'fast'])
 @pytest.mark.parametrize('head_norm', ['per_head', 'all', 'none'])
 def test_every_module_of_the_attention_is_called(head_norm, replace):
     """Hooks see all parts; what stands in the place of one of them is used."""

@@ -269,8 +269,8 @@ def test_a_set_of_another_rate_is_refused(sets, tmp_path, rate):
 # --------------------------------------------------------------------------------------------------------------- splits
 
 def soundless(label, **arrays):
-    return Clips([], {'offset': np.zeros(len(label), int), 'label': label, **arrays},
-                 [{'name': 'made', 'classes': ['a', 'b', 'c'], 'multi_label': False}])
+    return Clips([], [{'name': 'made', 'classes': ['a', 'b', 'c'], 'multi_label': False}],
+                 offset=np.zeros(len(label), int), label=label, **arrays)
 
 
 def test_validation_is_chosen_by_the_hash_of_the_key():
@@ -281,9 +281,9 @@ def test_validation_is_chosen_by_the_hash_of_the_key():
     names = np.array([key_hash(key) for key in keys], np.uint32)
 
     def validation(chosen, part):
-        rest, valid = carve_validation(soundless(label=chosen % 3, hash=names[chosen], number=chosen), part)
-        assert sorted([*rest.number, *valid.number]) == sorted(chosen)
-        return set(valid.number.tolist())
+        rest, valid = carve_validation(soundless(label=chosen % 3, hash=names[chosen], row=chosen), part)
+        assert sorted([*rest.row, *valid.row]) == sorted(chosen)
+        return set(valid.row.tolist())
     shuffled = np.random.default_rng(0).permutation(n)
     for part in (0.1, 0.3):
         whole = validation(np.arange(n), part)
@@ -297,16 +297,16 @@ def test_validation_is_chosen_by_the_hash_of_the_key():
 def test_few_labels_are_drawn_by_the_seed_alike_for_every_clip():
     """Reference: counting how often each clip of a class is drawn, over many seeds."""
     label = np.repeat([0, 1, 2], [12, 20, 5])
-    clips = soundless(label, number=np.arange(37))
+    clips = soundless(label, row=np.arange(37))
     counts = np.zeros(37)
     for seed in range(600):
         drawn = few_labels(clips, 4, seed)
-        assert np.bincount(drawn.label).tolist() == [4, 4, 4] and (np.diff(drawn.number) > 0).all()
-        counts[drawn.number] += 1
+        assert np.bincount(drawn.label).tolist() == [4, 4, 4] and (np.diff(drawn.row) > 0).all()
+        counts[drawn.row] += 1
     for c, degrees in ((0, 32.9), (1, 45.3), (2, 20.5)):                    # p = 0.001 of 11, 19 and 4 + slack
         expected = 600 * 4 / (label == c).sum()
         assert chi_square(counts[label == c], expected) < degrees
-    assert len({tuple(few_labels(clips, 4, seed).number) for seed in range(30)}) == 30
+    assert len({tuple(few_labels(clips, 4, seed).row) for seed in range(30)}) == 30
 
 
 def test_a_fold_is_tested_on_whole_and_trained_without(tmp_path):

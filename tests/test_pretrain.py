@@ -405,7 +405,7 @@ def test_unlabelled_clips_among_labelled_ones_do_not_count(data_dir, tmp_path, m
 
     def changed(*arguments):
         clips = plain(*arguments)
-        clips.arrays['label'] = np.where(np.arange(len(clips)) % 3 == 0, -1, clips.label)
+        clips.label = np.where(np.arange(len(clips)) % 3 == 0, -1, clips.label)
         return clips
     monkeypatch.setattr(monitor, 'open_clips', changed)
     parts = monitor.labelled_clips('noises', data_dir, 1, processes.Process(0, 1, torch.device('cpu')))

@@ -32,7 +32,6 @@ from tqdm import tqdm
 
 import configurator
 import data
-import fast
 import finetune
 import prepare
 import pretrain
@@ -42,6 +41,8 @@ from engine import processes, randomness
 from engine.errors import ROOT, ConfigError, RunError
 from engine.files import replacing
 from engine.run import ahead as read_ahead
+from fast import forms
+from fast.spectrogram import fbank
 from model import ASDA, ASDAConfig, Classifier, n_kept
 from tools import authors_arrangement as authors
 
@@ -186,7 +187,7 @@ def write_noise(folder, clips, samples):
              hashes=np.arange(clips, dtype=np.uint32), stats=np.zeros((clips, len(WINDOWS), 2)))
     with open(os.path.join(folder, 'noise', 'meta.json'), 'w', encoding='utf-8') as f:
         dump({'name': 'noise', 'version': FORMAT_VERSION, 'sample_rate': SAMPLE_RATE, 'folds': [],
-              'classes': [str(i) for i in range(CLASSES)], 'multi_label': False, 'splits': {}}, f)
+              'classes': [str(i) for i in range(CLASSES)], 'multi_label': False, 'splits': {'train': {}}}, f)
     return open_clips(['noise'], folder)
 
 
@@ -228,7 +229,7 @@ def training_step(bench):
     torch.manual_seed(settings.seed)
     model = ASDA(config).to(process.device)
     optimizer = pretrain.make_optimizer(model, settings, dataclasses.replace(process, rank=1))      # prints nothing
-    fast.apply(model, fast.choose(settings, config, {}, process))
+    forms.apply(model, forms.choose(settings, config, {}, process))
     if settings.compile and processes.can_compile(process):
         model.compile(mode=settings.compile_mode)
     spec, count = spectrograms(bench), itertools.count()
@@ -282,7 +283,7 @@ def measure_data(bench):
 
 
 def measure_fbank(bench):
-    """data.fbank of a batch against torchaudio's clip by clip, on one and on all threads; on a GPU ours there too."""
+    """fbank of a batch against torchaudio's clip by clip, on one and on all threads; on a GPU ours there too."""
     pcm, lengths = noise_pcm(min(bench.settings.batch_size, 8), CLIP_SECONDS * SAMPLE_RATE)
     wave, window, device, figures = pcm.float() / 32768, bench.settings.window, bench.process.device, {}
 
@@ -291,7 +292,7 @@ def measure_fbank(bench):
             authors.clip_fbank(clip, window)
     for number in sorted({1, torch.get_num_threads()}):
         contenders = {f'kaldi_ms_per_clip, threads = {number}': on_threads(number, clip_by_clip),
-                      f'ours_ms_per_clip, threads = {number}': on_threads(number, data.fbank, wave, lengths, window)}
+                      f'ours_ms_per_clip, threads = {number}': on_threads(number, fbank, wave, lengths, window)}
         measured = median_seconds(bench, f'fbank, threads = {number}', **contenders)
         figures |= {name: seconds / len(wave) * 1e3 for name, seconds in measured.items()}
         kaldi, ours = measured.values()
@@ -299,7 +300,7 @@ def measure_fbank(bench):
     if device.type != 'cpu':
         there = wave.to(device), lengths.to(device), window
         figures['ours_ms_per_clip, on the device'] = median_seconds(
-            bench, 'fbank', ours=lambda: data.fbank(*there))['ours'] / len(wave) * 1e3
+            bench, 'fbank', ours=lambda: fbank(*there))['ours'] / len(wave) * 1e3
     return figures
 
 
@@ -355,7 +356,7 @@ def measure_finetune_data(bench):
                                        settings.roll, settings.noise, settings.input_mask, settings.mixup)
         torch.manual_seed(settings.seed)
         model = Classifier(dataclasses.replace(config, drop_path=settings.drop_path), CLASSES).to(process.device)
-        fast.apply(model)
+        forms.apply(model)
         optimizer = finetune.make_optimizer(model, settings, dataclasses.replace(process, rank=1))
         if bench.settings.compile and processes.can_compile(process):
             model.compile()

@@ -1,0 +1,13 @@
+"""What the fine-tunings of small models with few labels share.
+
+Built on by finetune_demo.py, finetune_fsdd.py, finetune_wakewords.py and finetune_esc10.py, which say what each costs,
+how much time it takes and what to expect.
+"""
+warmup_steps = 20
+lr = 1e-3
+layer_decay = 1.0               # few layers
+pooling = 'mean'                # better than CLS on the validation part
+label_smoothing = 0.1
+eval_interval = 100
+log_interval = 50
+workers = 0
