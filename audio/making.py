@@ -50,8 +50,8 @@ def files_of_set(folder):
 
 
 def check_out_dir(settings):
-    """Refuse a folder that lies in the source or holds it, or that holds files of others under our names. -> our files
-    there. Raises ConfigError."""
+    """Refuse a folder that lies in the source or holds it, or that holds files of others under our names.
+    Raises ConfigError."""
     out_dir, source = settings.out_dir, getattr(settings, 'source', '')
     real, real_source = os.path.realpath(out_dir), os.path.realpath(source)
     work = os.path.join(real, UNFINISHED)
@@ -59,15 +59,16 @@ def check_out_dir(settings):
                    or os.path.commonpath([work, real_source]) == work):
         raise ConfigError(f'{out_dir} lies in the source {source} or around it, and the set would be mixed with it: '
                           'choose another --out_dir')
+    if is_whole(settings.work_dir):                                         # being moved out: a mixture
+        return
     ours = files_of_set(out_dir)
     for file in sorted(os.listdir(out_dir)) if os.path.isdir(out_dir) else ():
         if NAMES.fullmatch(file) and file not in ours:
             raise ConfigError(f'{os.path.join(out_dir, file)} belongs to no prepared set: move it, or choose another '
                               '--out_dir')
-    if ours and not is_whole(out_dir) and not is_whole(settings.work_dir) and not settings.overwrite:
+    if ours and not is_whole(out_dir) and not settings.overwrite:
         raise ConfigError(f'{out_dir} holds parts of a set that was not finished in another way than now: add '
                           '--overwrite to start again')
-    return ours
 
 
 def remove_set(folder):
@@ -104,9 +105,11 @@ def alone(settings, share):
     share: a name for this machine's share; '' for all.
     """
     shares = os.path.join(settings.work_dir, 'share-')
-    shares, is_new = os.path.join(settings.work_dir, 'share-'), not os.path.isdir(settings.out_dir)
+    shares, new = os.path.join(settings.work_dir, 'share-'), [settings.work_dir]
+    while not os.path.exists(above := os.path.dirname(new[-1]) or '.'):
+        new.append(above)
     with contextlib.ExitStack() as stack:
-        for folder in ([settings.out_dir] if is_new else []) + [settings.work_dir]:
+        for folder in reversed(new):
             stack.callback(remove_if_empty, folder)
         stack.enter_context(locked(shares + share if share else settings.out_dir))
         if share and os.path.exists(os.path.join(settings.out_dir, '.lock')):

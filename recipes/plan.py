@@ -2,12 +2,14 @@
 import heapq
 import os
 import posixpath
+import re
 from array import array
 from dataclasses import dataclass
 
 import numpy as np
 
 from audio.downloads import download
+from audio.making import CACHED
 from audio.sources import ARCHIVE_ERRORS, Strings, cache_name, open_text, reason_of
 from engine.errors import DataError
 from engine.files import printable
@@ -29,16 +31,16 @@ class Entry:
     fold: int                   # index into the set's folds, -1 for none
 
     def stamp(self):
-        """What changes with the content, as far as can be seen without reading it: a file's size and time, a zip
-        member's size and checksum, a tar's size and time and where the member lies in it. Raises OSError."""
+        """What changes with the content, as far as can be seen without reading it: a file's size and time, the checksum
+        that a zip holds, a tar's size and time and where in it the file lies. Raises OSError."""
         kind, path, *inside = self.place
         if callable(kind):
             return repr((kind.__name__, path, *inside))
         if kind == 'zip':
-            return repr(inside[1:])
-        info = os.stat(path)
-        fetched = os.path.basename(path).startswith('source-')              # its name says of what; its time is ours
-        return repr((info.st_size, 0 if fetched else info.st_mtime_ns, *inside))
+            return repr(inside[1])
+        info, name = os.stat(path), os.path.basename(path)
+        fetched = re.fullmatch(CACHED, name)                                # its name says of what; its time is ours
+        return repr((info.st_size, name if fetched else info.st_mtime_ns, *inside))
 
 
 class Plan:

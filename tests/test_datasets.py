@@ -293,13 +293,18 @@ def test_a_plan_of_many_clips_takes_little_memory(monkeypatch, tmp_path, capsys)
         return files
 
     monkeypatch.setattr(audioset_recipe, 'list_source', many)
-    options = prepare.configurator.configure(
-        prepare.__file__,
-        [f'--source={tmp_path}', f'--segments={tmp_path}/unbalanced_segments.csv', f'--labels={tmp_path}/labels.csv'],
+    _, options = prepare.configured(
+        [
+            'audioset',
+            f'--source={tmp_path}',
+            f'--segments={tmp_path}/unbalanced_segments.csv',
+            f'--labels={tmp_path}/labels.csv',
+            f'--out_dir={tmp_path}/set',
+        ]
     )
     tracemalloc.start()
     try:
-        plan = audioset_recipe.plan_audioset(options)
+        plan = audioset_recipe.plan(options)
         kept, _ = tracemalloc.get_traced_memory()
         shards = plan.shards()
     finally:
