@@ -50,7 +50,8 @@ def plan(settings):
     lists = segment_lists(settings)
     ids, starts, parts, labels, label_ends = read_segments([path for path, _ in lists], mids)
     first = listed_first(ids, starts, parts, lists)
-    kept = np.flatnonzero(first == np.arange(len(first)))
+    kept = first == np.arange(len(first))
+    kept = slice(None) if kept.all() else kept                              # a view then, and no copy
     files = list_source(settings.source, settings.work_dir)
     file_of = np.full(len(ids), -1, np.int32)
     file_of[kept] = match_segments(ids[kept], starts[kept], files)
@@ -150,28 +151,31 @@ def read_segments(paths, mids):
             raise DataError(f'{path}, line {reader.line_num}: the class {error} is not in the list of labels') from None
         except (ValueError, OverflowError, csv.Error) as error:
             raise DataError(f'{path}, line {reader.line_num}: not `id, start, end, "class,class"` ({error})') from None
-    return (np.frombuffer(bytes(ids), 'S11'), np.array(starts, np.int64), np.array(parts, np.int8), labels, label_ends)
+    return (np.frombuffer(ids, 'S11'), np.frombuffer(starts, np.int64), np.frombuffer(parts, np.int8), labels,
+            label_ends)
 
 
 def match_segments(ids, starts, files):
     """(N,) number of the file of every segment, -1 where there is none. A file matches by its id and, if its name holds
     one, its start; without one only if the id has a single segment. Of several files the first is taken."""
-    found_ids, found_starts, found = bytearray(), array('d'), array('q')
+    found_ids, found_starts, found = bytearray(), array('d'), array('i')
     for i, name in files.audio():
         match = AUDIOSET_FILE.fullmatch(os.path.splitext(os.path.basename(name))[0])
         if match:
             found_ids += match[1].encode()
             found_starts.append(float(match[2]) if match[2] else math.nan)
             found.append(i)
-    found_ids, found_starts, found = (np.frombuffer(bytes(found_ids), 'S11'), np.array(found_starts), np.array(found))
+    found_ids, found_starts, found = (np.frombuffer(found_ids, 'S11'), np.frombuffer(found_starts),
+                                      np.frombuffer(found, np.int32))
     by_id = np.argsort(ids, kind='stable')
     first, last = (np.searchsorted(ids[by_id], found_ids, side) for side in ('left', 'right'))
-    file_of = np.full(len(ids), -1, np.int64)
+    file_of = np.full(len(ids), -1, np.int32)
     for back in range(int((last - first).max(initial=0))):                  # one round, unless an id has more segments
-        file = np.flatnonzero(first + back < last)[::-1]                    # backwards: the first file is the last word
-        segment = by_id[first[file] + back]
-        start = found_starts[file]
-        fits = (np.round(start * 1000) == starts[segment]) | (start == starts[segment])     # seconds or milliseconds
-        fits |= np.isnan(start) & (last[file] - first[file] == 1)
-        file_of[segment[fits]] = found[file[fits]]
+        matched = np.flatnonzero(first + back < last)[::-1]              # backwards: the first file is the last word
+        for file in np.array_split(matched, len(matched) // 65536 + 1):
+            segment = by_id[first[file] + back]
+            start = found_starts[file]
+            fits = (np.round(start * 1000) == starts[segment]) | (start == starts[segment])         # s or ms
+            fits |= np.isnan(start) & (last[file] - first[file] == 1)
+            file_of[segment[fits]] = found[file[fits]]
     return file_of
