@@ -10,8 +10,14 @@ import numpy as np
 from audio.downloads import download
 from audio.sources import cache_name, list_source, open_text, reason_of
 from configurator import words
-from engine.errors import DataError
+from engine.errors import ConfigError, DataError
+from engine.files import printable
 from recipes.plan import Plan
+
+source = ''             # archive or folder of its clips
+segments = ''           # csv files of segments, separated by commas: the train split; eval_segments.csv: the eval split
+eval_segments = ''      # further csv files for the eval split, whatever their names
+labels = ''             # class_labels_indices.csv; '': downloaded
 
 AUDIOSET_URL = 'https://storage.googleapis.com/us_audioset/youtube_corpus/v1/csv/'
 # A YouTube id has 11 characters, of which - and _ may be any. People put Y before it (it may begin with - otherwise),
@@ -19,37 +25,79 @@ AUDIOSET_URL = 'https://storage.googleapis.com/us_audioset/youtube_corpus/v1/csv
 AUDIOSET_FILE = re.compile(r'Y?([A-Za-z0-9_-]{11})(?:[_-](\d{1,9}(?:\.\d+)?)(?:[_-]\d+(?:\.\d+)?)?)?')
 
 
-def plan_audioset(settings):
+def name(settings):
+    """The part of AudioSet."""
+    lists = [os.path.basename(path) for path, split in segment_lists(settings) if split == 'train']
+    return 'as2m' if 'unbalanced' in ' '.join(lists) else 'as20k' if lists else 'as_eval'
+
+
+def segment_lists(settings):
+    """[(path, split)]"""
+    return ([(path, 'eval' if os.path.splitext(os.path.basename(path))[0] == 'eval_segments' else 'train')
+             for path in words(settings.segments)] + [(path, 'eval') for path in words(settings.eval_segments)])
+
+
+def check(settings):
+    if not settings.source or not segment_lists(settings):
+        raise ConfigError('audioset needs --source=FOLDER, where its audio is, and --segments=CSV[,CSV], its lists '
+                          f'of segments: {AUDIOSET_URL}balanced_train_segments.csv, unbalanced_train_segments.csv and '
+                          'eval_segments.csv there')
+
+
+def plan(settings):
     """The segments of the official csv files whose audio is in the source, by YouTube id and start time."""
-    if not settings.source or not settings.segments:
-        raise DataError('audioset needs --source=FOLDER, where its audio is, and --segments=CSV[,CSV], its lists '
-                        f'of segments: {AUDIOSET_URL}balanced_train_segments.csv, unbalanced_train_segments.csv and '
-                        'eval_segments.csv there')
     mids, classes = read_class_labels(settings)
-    paths = words(settings.segments)
-    ids, starts, parts, labels, label_ends = read_segments(paths, mids)
-    files = list_source(settings.source, settings.out_dir)
-    file_of = match_segments(ids, starts, files)
-    for part, path in enumerate(paths):
-        print(f'{os.path.basename(path)}: {(file_of[parts == part] >= 0).sum():,} of its {(parts == part).sum():,} '
-              'segments found')
+    lists = segment_lists(settings)
+    ids, starts, parts, labels, label_ends = read_segments([path for path, _ in lists], mids)
+    first = listed_first(ids, starts, parts, lists)
+    kept = first == np.arange(len(first))
+    kept = slice(None) if kept.all() else kept                              # a view then, and no copy
+    files = list_source(settings.source, settings.work_dir)
+    file_of = np.full(len(ids), -1, np.int32)
+    file_of[kept] = match_segments(ids[kept], starts[kept], files)
+    for part, (path, split) in enumerate(lists):
+        listed = file_of[first[parts == part]]
+        print(f'{printable(os.path.basename(path))}: {(listed >= 0).sum():,} of its {len(listed):,} segments found, '
+              f'to {split}')
     if (file_of < 0).all():
         example = next((name for _, name in files.audio()), 'there is no audio file')
-        raise DataError(f'{settings.source} holds no segment of {settings.segments}: files are found by names like '
-                        f'ID.wav, YID.flac, ID_30000_40000.flac, ID_30.000.m4a; the first here is {example}')
-    splits = ['eval' if 'eval' in os.path.basename(path) else 'train' for path in paths]
-    plan = Plan(os.path.basename(settings.out_dir), files.place, classes, multi_label=True)
+        raise DataError(f'{settings.source} holds no segment of {", ".join(path for path, _ in lists)}: files are '
+                        'found by names like ID.wav, YID.flac, ID_30000_40000.flac, ID_30.000.m4a; the first here is '
+                        f'{printable(example)}')
+
+    def labels_of(i):
+        return labels[label_ends[i]:label_ends[i + 1]]
+    together = {}                                       # labels of segments that several lists name
+    for i in np.flatnonzero(first != np.arange(len(first))):
+        together.setdefault(first[i], set(labels_of(first[i]))).update(labels_of(i))
+    made = Plan(files.place, classes, multi_label=True)
     for i in np.flatnonzero(file_of >= 0):
-        plan.add(f'{ids[i].decode()}_{starts[i]}', int(file_of[i]), splits[parts[i]],
-                 labels[label_ends[i]:label_ends[i + 1]])
-    return plan
+        made.add(f'{ids[i].decode()}_{starts[i]}', int(file_of[i]), lists[parts[i]][1],
+                 sorted(together[i]) if i in together else labels_of(i))
+    return made
+
+
+def listed_first(ids, starts, parts, lists):
+    """(N,) of every segment the first of the same id and start: itself, unless lists overlap. Raises DataError if a
+    segment is in lists of train and of eval."""
+    order = np.lexsort((starts, ids))
+    is_new = np.ones(len(order), bool)
+    is_new[1:] = (ids[order[1:]] != ids[order[:-1]]) | (starts[order[1:]] != starts[order[:-1]])
+    first = np.empty(len(order), np.int32)
+    first[order] = order[np.maximum.accumulate(np.where(is_new, np.arange(len(order)), 0))]
+    is_eval = np.array([split == 'eval' for _, split in lists])[parts]
+    both = np.flatnonzero(is_eval != is_eval[first])
+    if len(both):
+        raise DataError(f'{len(both):,} segments are in lists of train and of eval, e.g. {ids[both[0]].decode()} from '
+                        f'{starts[both[0]] / 1000:g} s: take them out of one')
+    return first
 
 
 def read_class_labels(settings):
     """class_labels_indices.csv (index, mid, display_name) -> {mid: class}, [display names]. Raises DataError."""
     path = settings.labels
     if not path:
-        path = os.path.join(settings.out_dir, cache_name(AUDIOSET_URL + 'labels', 'csv'))
+        path = os.path.join(settings.work_dir, cache_name(AUDIOSET_URL + 'labels', 'csv'))
         if not os.path.exists(path):
             download(AUDIOSET_URL + 'class_labels_indices.csv', path, instead='--labels=PATH')
     rows = read_label_csv(path)
@@ -87,7 +135,7 @@ def read_segments(paths, mids):
             with open_text(path) as f:
                 reader = csv.reader(f, skipinitialspace=True)               # id, 30.000, 40.000, "mid,mid"
                 for row in reader:
-                    if not row or row[0].startswith('#'):
+                    if not ''.join(row).strip() or row[0].startswith('#'):
                         continue
                     name, start, _, of_segment = row
                     if not re.fullmatch('[A-Za-z0-9_-]{11}', name):
@@ -98,33 +146,36 @@ def read_segments(paths, mids):
                     parts.append(part)
                     label_ends.append(len(labels))
         except (OSError, UnicodeError) as error:
-            raise DataError(f'cannot read the segments {path} ({reason_of(error)})') from None
+            raise DataError(f'cannot read the segments {printable(path)} ({reason_of(error)})') from None
         except KeyError as error:
             raise DataError(f'{path}, line {reader.line_num}: the class {error} is not in the list of labels') from None
         except (ValueError, OverflowError, csv.Error) as error:
             raise DataError(f'{path}, line {reader.line_num}: not `id, start, end, "class,class"` ({error})') from None
-    return (np.frombuffer(bytes(ids), 'S11'), np.array(starts, np.int64), np.array(parts, np.int8), labels, label_ends)
+    return (np.frombuffer(ids, 'S11'), np.frombuffer(starts, np.int64), np.frombuffer(parts, np.int8), labels,
+            label_ends)
 
 
 def match_segments(ids, starts, files):
     """(N,) number of the file of every segment, -1 where there is none. A file matches by its id and, if its name holds
     one, its start; without one only if the id has a single segment. Of several files the first is taken."""
-    found_ids, found_starts, found = bytearray(), array('d'), array('q')
+    found_ids, found_starts, found = bytearray(), array('d'), array('i')
     for i, name in files.audio():
         match = AUDIOSET_FILE.fullmatch(os.path.splitext(os.path.basename(name))[0])
         if match:
             found_ids += match[1].encode()
             found_starts.append(float(match[2]) if match[2] else math.nan)
             found.append(i)
-    found_ids, found_starts, found = (np.frombuffer(bytes(found_ids), 'S11'), np.array(found_starts), np.array(found))
+    found_ids, found_starts, found = (np.frombuffer(found_ids, 'S11'), np.frombuffer(found_starts),
+                                      np.frombuffer(found, np.int32))
     by_id = np.argsort(ids, kind='stable')
     first, last = (np.searchsorted(ids[by_id], found_ids, side) for side in ('left', 'right'))
-    file_of = np.full(len(ids), -1, np.int64)
+    file_of = np.full(len(ids), -1, np.int32)
     for back in range(int((last - first).max(initial=0))):                  # one round, unless an id has more segments
-        file = np.flatnonzero(first + back < last)[::-1]                    # backwards: the first file is the last word
-        segment = by_id[first[file] + back]
-        start = found_starts[file]
-        fits = (np.round(start * 1000) == starts[segment]) | (start == starts[segment])     # seconds or milliseconds
-        fits |= np.isnan(start) & (last[file] - first[file] == 1)
-        file_of[segment[fits]] = found[file[fits]]
+        matched = np.flatnonzero(first + back < last)[::-1]              # backwards: the first file is the last word
+        for file in np.array_split(matched, len(matched) // 65536 + 1):
+            segment = by_id[first[file] + back]
+            start = found_starts[file]
+            fits = (np.round(start * 1000) == starts[segment]) | (start == starts[segment])         # s or ms
+            fits |= np.isnan(start) & (last[file] - first[file] == 1)
+            file_of[segment[fits]] = found[file[fits]]
     return file_of

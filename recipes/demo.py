@@ -1,21 +1,21 @@
-"""Ten classes of synthetic sounds; nothing is downloaded.
-
-The demo's ten classes. Each function gets the sample times (n,) in seconds, a pitch in Hz and a generator
--> (n,) waveform.
-"""
+"""Ten classes of synthetic sounds, each a function of the sample times (n,) in seconds, a pitch in Hz and a generator
+-> (n,) waveform; nothing is downloaded."""
 import numpy as np
 
 from audio import SAMPLE_RATE
 from recipes.plan import Plan
 
+clips = 4000            # number of clips
+seed = 1                # which clips
 
-def plan_demo(settings):
+
+def plan(settings):
     classes = list(SOUNDS)
-    plan = Plan('demo', lambda i: ('demo', settings.seed, i), classes)
+    made = Plan(lambda i: (synthesise, settings.seed, i), classes)
     for i in range(settings.clips):
-        plan.add(f'{classes[i % len(classes)]}/{i:05d}', i, 'test' if i % 5 == 4 - (i // 10) % 5 else 'train',
+        made.add(f'{classes[i % len(classes)]}/{i:05d}', i, 'test' if i % 5 == 4 - (i // 10) % 5 else 'train',
                  i % len(classes))
-    return plan
+    return made
 
 
 # --------------------------------------------------------------------------------------------------------------- sounds

@@ -5,14 +5,22 @@ import os
 
 from audio.sources import list_source
 from engine.errors import DataError
+from engine.files import printable
 from recipes.plan import Plan, read_table, source_or_download
+
+source = ''             # archive or folder in its layout; without one it is downloaded
+esc10 = False           # only its ESC-10 part, ten classes
 
 ESC50_URL = 'https://github.com/karolpiczak/ESC-50/archive/33c8ce9eb2cf0b1c2f8bcf322eb349b6be34dbb6.zip'
 
 
-def plan_esc50(settings):
+def name(settings):
+    return 'esc10' if settings.esc10 else 'esc50'
+
+
+def plan(settings):
     """meta/esc50.csv says fold and class; every clip is in the train split, and a fold is left out to test on."""
-    files = list_source(source_or_download(settings, ESC50_URL), settings.out_dir)
+    files = list_source(source_or_download(settings, ESC50_URL), settings.work_dir)
     origin = settings.source or ESC50_URL
     tables = [i for i, name in enumerate(files.names) if name.endswith('meta/esc50.csv')]
     if len(tables) != 1:
@@ -24,18 +32,23 @@ def plan_esc50(settings):
         rows = [(os.path.splitext(row['filename'])[0], row['fold'], int(row['target']), row['category'])
                 for row in rows if not settings.esc10 or row['esc10'] == 'True']
     except (KeyError, TypeError, ValueError, csv.Error) as error:
-        raise DataError(f'{table} in {origin} is not ESC-50\'s table ({error!r})') from None
+        raise DataError(f'{printable(table)} in {origin} is not ESC-50\'s table ({error!r})') from None
     audio = {os.path.splitext(name)[0][len(root):]: i for i, name in files.audio() if name.startswith(root + 'audio/')}
     names = {target: category for _, _, target, category in rows}
     targets, folds = sorted(names), sorted({fold for _, fold, _, _ in rows})
     missing = [stem for stem, *_ in rows if 'audio/' + stem not in audio]
     if missing:
-        raise DataError(f'{len(missing)} of the {len(rows)} clips of {table} are missing, e.g. audio/{missing[0]}')
-    if len(rows) != 2000:
-        if not settings.source and not settings.esc10:
-            raise DataError(f'{origin} holds {len(rows)} clips instead of 2,000: get it by other means, --source=PATH')
-        print(f'note: {len(rows)} clips of {len(targets)} classes; the whole ESC-50 has 2,000 of 50')
-    plan = Plan('esc50', files.place, [names[target] for target in targets], folds)
+        raise DataError(f'{len(missing)} of the {len(rows)} clips of {printable(table)} are missing, e.g. '
+                        f'audio/{printable(missing[0])}')
+    if len({stem for stem, *_ in rows}) < len(rows):
+        raise DataError(f'{printable(table)} in {origin} names a clip twice')
+    whole = ('ESC-10', 400, 10) if settings.esc10 else ('ESC-50', 2000, 50)
+    if len(rows) != whole[1]:
+        if not settings.source:
+            raise DataError(f'{origin} holds {len(rows)} clips instead of {whole[1]:,}: get it by other means, '
+                            '--source=PATH')
+        print(f'note: {len(rows)} clips of {len(targets)} classes; the whole {whole[0]} has {whole[1]:,} of {whole[2]}')
+    made = Plan(files.place, [names[target] for target in targets], folds)
     for stem, fold, target, _ in rows:
-        plan.add(stem, audio['audio/' + stem], label=targets.index(target), fold=folds.index(fold))
-    return plan
+        made.add(stem, audio['audio/' + stem], label=targets.index(target), fold=folds.index(fold))
+    return made

@@ -1,52 +1,145 @@
-"""Any tree of audio files; parent folders are the classes."""
+"""Any tree of audio files; parent folders are the classes, folders named train, test, valid and the like the splits."""
 import csv
+import hashlib
 import os
+import re
+from array import array
 
-from audio.clips import key_hash
+import numpy as np
+
 from audio.sources import list_source, open_text, reason_of
-from engine.errors import DataError
-from recipes.plan import Plan
+from engine.errors import ConfigError, DataError
+from engine.files import printable
+from recipes.plan import Plan, tidy
+
+source = ''             # archive or folder of audio files
+label = 'parent'        # class of a file, its parent folder's name; none: no labels
+test_part = 0.2         # share of each class that goes to the test split, by a stable hash of the names
+split_file = ''         # a csv of lines `path,split` instead (train, valid or test), paths as inside the source
+
+SPLIT_FOLDERS = {'train': 'train', 'training': 'train', 'test': 'test', 'testing': 'test', 'eval': 'eval',
+                 'evaluation': 'eval', 'valid': 'valid', 'val': 'valid', 'validation': 'valid', 'dev': 'valid'}
 
 
-def plan_folder(settings):
+def name(settings):
+    """The source's own name."""
+    stem = re.sub(r'(\.(zip|tar|tgz|gz|bz2|xz))+$', '', os.path.basename(os.path.abspath(settings.source)))
+    return re.sub(r'[^A-Za-z0-9_.-]', '_', stem) or 'folder'
+
+
+def check(settings):
     if not settings.source:
-        raise DataError('folder needs --source=PATH, a folder or archive of audio files')
+        raise ConfigError('folder needs --source=PATH, a folder or archive of audio files')
     if settings.label not in ('parent', 'none'):
-        raise DataError(f'label = {settings.label!r} is neither parent nor none')
+        raise ConfigError(f'label = {settings.label!r} is neither parent nor none')
     if not 0 <= settings.test_part < 1:
-        raise DataError(f'test_part = {settings.test_part} must lie in [0, 1)')
-    files = list_source(settings.source, settings.out_dir)
-
-    def parent(name):
-        return os.path.basename(os.path.dirname(name))
-    classes = sorted({parent(name) for _, name in files.audio()}) if settings.label == 'parent' else []
-    if len(classes) == 1:
-        classes = []                                                    # one folder of sounds has nothing to tell apart
-    number = {name: i for i, name in enumerate(classes)}
-    splits = read_split_file(settings.split_file, files) if settings.split_file else None
-    plan = Plan(os.path.basename(settings.out_dir), files.place, classes)
-    for i, name in files.audio():
-        if splits is None:
-            split = 'test' if key_hash(name) % 10000 < settings.test_part * 10000 else 'train'
-        elif name in splits:
-            split = splits[name]
-        else:
-            continue
-        plan.add(name, i, split, number.get(parent(name), -1))
-    return plan
+        raise ConfigError(f'test_part = {settings.test_part} must lie in [0, 1)')
 
 
-def read_split_file(path, files):
-    """{name: split} from a csv of `path,split`; every path must be in the source."""
+def plan(settings):
+    """Clips are named by their path below the folder that holds all of them: the same for a folder and its archive."""
+    files = list_source(settings.source, settings.work_dir)
+    root = len(common_folder(name for _, name in files.audio()))
+    split_of = read_split_file(settings.split_file, files, root) if settings.split_file else None
+    numbers = array('i', (i for i, _ in files.audio()) if split_of is None else sorted(split_of))
+
+    def keys():
+        return (files.names[i][root:] for i in numbers)
+    level = level_of_splits(keys, settings.source) if split_of is None else None
+    classes, labels = classes_of(keys, level, settings)
+    if split_of is not None:
+        splits = [split_of[i] for i in numbers]
+        left_out = sum(1 for _ in files.audio()) - len(numbers)
+        if left_out:
+            print(f'{left_out} audio files are in no line of {printable(settings.split_file)}: left out')
+    else:
+        splits = ['train' if level is None else SPLIT_FOLDERS[key.split('/')[level].lower()] for key in keys()]
+        if level is not None:
+            print(f'splits by folder: {", ".join(sorted(set(splits)))} (--split_file=CSV says otherwise)')
+        if not {'test', 'eval'} & set(splits):
+            carve_test(splits, keys, labels, settings.test_part)
+    made = Plan(files.place, classes)
+    for number, key, split, class_index in zip(numbers, keys(), splits, labels):
+        made.add(key, number, split, class_index)
+    return made
+
+
+def common_folder(names):
+    """The deepest folder that holds all of these files, with its slash; '' for the top."""
+    root = None
+    for path in names:
+        root = path[:path.rfind('/') + 1] if root is None else root
+        while not path.startswith(root):
+            root = root[:root.rfind('/', 0, -1) + 1]
+    return root or ''
+
+
+def level_of_splits(keys, source):
+    """Which folders of the paths are named after splits: 0, the first, or -2, the last; None without such.
+    Raises DataError if only some are."""
+    for level in (0, -2):
+        folders = {key.split('/')[level] if '/' in key else '' for key in keys()}
+        splits = {SPLIT_FOLDERS.get(folder.lower()) for folder in folders}
+        if len(splits) > 1 and None not in splits:
+            return level
+        if 'train' in splits and len(splits - {None}) > 1:
+            beside = next(key for key in keys()
+                          if '/' not in key or key.split('/')[level].lower() not in SPLIT_FOLDERS)
+            raise DataError(f'{printable(beside)} in {source} lies beside folders named after splits: move it into '
+                            'one, or say with --split_file=CSV what is of which split')
+    return None
+
+
+def classes_of(keys, level, settings):
+    """-> class names, and the class index of every file, -1 for none. Raises DataError."""
+    def parent(key):
+        folders = key.split('/')[:-1]
+        if level is not None:
+            del folders[0 if level == 0 else -1]
+        return folders[-1] if folders else ''
+    classes = sorted(set(map(parent, keys()))) if settings.label == 'parent' else []
+    if len(classes) < 2:                                                # one folder of sounds has nothing to tell apart
+        return [], array('i', (-1 for _ in keys()))
+    if classes[0] == '':
+        beside = next(key for key in keys() if not parent(key))
+        raise DataError(f'{printable(beside)} in {settings.source} lies beside the folders of classes: move it into '
+                        'one, or give --label=none for a set without labels')
+    index = {folder: i for i, folder in enumerate(classes)}
+    return classes, array('i', (index[parent(key)] for key in keys()))
+
+
+def carve_test(splits, keys, labels, part):
+    """Give `part` of each class's training clips to the test split, at least one and not all: those of smallest hash.
+
+    The hash is of the path alone, with other digits than validation's, so that no split depends on the order of the
+    files, and a file that is added moves one other at most.
+    """
+    hashes = np.fromiter((int.from_bytes(hashlib.sha1(key.encode('utf-8', 'surrogateescape')).digest()[4:12], 'big')
+                          for key in keys()), np.uint64)
+    labels = np.array(labels)
+    training = np.flatnonzero([split == 'train' for split in splits])
+    order = training[np.lexsort((hashes[training], labels[training]))]
+    for clips in np.split(order, np.flatnonzero(np.diff(labels[order])) + 1) if part and len(order) else ():
+        for i in clips[:min(max(int(part * len(clips) + 0.5), 1), len(clips) - 1)]:
+            splits[i] = 'test'
+
+
+def read_split_file(path, files, root):
+    """{file: split} from a csv of `path,split`; every path must be in the source. Raises DataError."""
     try:
         with open_text(path) as f:
-            rows = [row for row in csv.reader(f) if row]
+            rows = [row for row in csv.reader(f) if any(cell.strip() for cell in row)]
     except (OSError, UnicodeError, csv.Error) as error:
         raise DataError(f'cannot read split_file {path} ({reason_of(error)})') from None
-    found = {name for _, name in files.audio()}
-    for row in rows:
+    found = {name[start:]: i for start in (root, 0) for i, name in files.audio()}
+    split_of = {}
+    for row in rows[[cell.strip() for cell in rows[0]] == ['path', 'split']:] if rows else ():
+        line = printable(','.join(row))
         if len(row) != 2 or row[1].strip() not in ('train', 'valid', 'test'):
-            raise DataError(f'split_file {path}: {",".join(row)!r} is not `path,split` with split train, valid or test')
-        if row[0] not in found:
-            raise DataError(f'split_file {path}: {row[0]!r} is not an audio file in the source')
-    return {key: split.strip() for key, split in rows}
+            raise DataError(f'split_file {path}: {line!r} is not `path,split` with split train, valid or test')
+        file, split = found.get(row[0], found.get(tidy(row[0]))), row[1].strip()
+        if file is None:
+            raise DataError(f'split_file {path}: {printable(row[0])!r} is not an audio file in the source')
+        if split_of.setdefault(file, split) != split:
+            raise DataError(f'split_file {path} names {printable(row[0])!r} twice, for {split_of[file]} and {split}')
+    return split_of

@@ -1,38 +1,58 @@
 """A plan: which files become which clips of which split; and what several recipes need."""
+import heapq
 import os
+import posixpath
+import re
 from array import array
 from dataclasses import dataclass
 
 import numpy as np
 
 from audio.downloads import download
+from audio.making import CACHED
 from audio.sources import ARCHIVE_ERRORS, Strings, cache_name, open_text, reason_of
 from engine.errors import DataError
 from engine.files import printable
 
+# Settings of every recipe that reads files.
+max_bad = 0.01          # share of files that may be unreadable; more is an error
+max_minutes = 20.0      # longer files are skipped: cut them first
+
 SHARD_CLIPS = 2048                                  # files of one shard; 640 MB of ten-second clips
 SPLITS = ('eval', 'test', 'train', 'valid')
+SORTED_AT_ONCE = 1 << 16                            # keys that are in memory as strings
 
 
 @dataclass
 class Entry:
     key: str                    # names the clip ever after
-    place: tuple                # where its bytes are, see read_bytes
+    place: tuple                # where its bytes are, see read_bytes; or a function and its arguments that compute it
     label: object               # class index, -1 for none, or a tuple of indices in a multi-label set
     fold: int                   # index into the set's folds, -1 for none
 
+    def stamp(self):
+        """What changes with the content, as far as can be seen without reading it: a file's size and time, the checksum
+        that a zip holds, a tar's size and time and where in it the file lies. Raises OSError."""
+        kind, path, *inside = self.place
+        if callable(kind):
+            return repr((kind.__name__, path, *inside))
+        if kind == 'zip':
+            return repr(inside[1])
+        info, name = os.stat(path), os.path.basename(path)
+        fetched = re.fullmatch(CACHED, name)                                # its name says of what; its time is ours
+        return repr((info.st_size, name if fetched else info.st_mtime_ns, *inside))
+
 
 class Plan:
-    """Which files become which clips of which split, a row each in arrays: less than 150 bytes a clip.
+    """Which files become which clips of which split, a row each in arrays.
 
-    place: a function of the file's number that gives what read_bytes wants to know.
+    place: a function of the file's number that gives what Entry.place holds.
     """
 
-    def __init__(self, name, place, classes, folds=(), multi_label=False):
-        self.name, self.place, self.multi_label = name, place, multi_label
-        self.classes, self.folds = classes, list(folds)
-        self.keys, self.files, self.splits, self.fold = Strings(), array('q'), array('b'), array('h')
-        self.labels, self.label_ends = array('i'), array('q', [0])
+    def __init__(self, place, classes, folds=(), multi_label=False):
+        self.place, self.classes, self.folds, self.multi_label = place, classes, list(folds), multi_label
+        self.keys, self.files, self.splits, self.fold = Strings(), array('i'), array('b'), array('h')
+        self.labels, self.label_ends = array('i'), array('i', [0])
 
     def add(self, key, file, split='train', label=-1, fold=-1):
         """label: a class, -1 for none, or several classes in a multi-label set."""
@@ -51,11 +71,13 @@ class Plan:
     def shards(self):
         """[(name, rows)] of at most SHARD_CLIPS clips of one split, in the order of the keys; of clips with one key
         the last counts, as in an archive that was added to."""
-        order = np.array(sorted(range(len(self.keys)), key=self.keys.__getitem__), dtype=np.int64)
-        is_last = np.ones(len(order), bool)
-        is_last[:-1] = [self.keys[a] != self.keys[b] for a, b in zip(order[:-1], order[1:])]
-        order = order[is_last]
-        splits = np.array(self.splits, dtype=np.int8)[order]
+        count, key = len(self.keys), self.keys.__getitem__
+        sorted_parts = [array('i', sorted(range(i, min(i + SORTED_AT_ONCE, count)), key=key))
+                        for i in range(0, count, SORTED_AT_ONCE)]
+        order = np.fromiter(heapq.merge(*sorted_parts, key=key), np.int32, count)
+        differs = (key(a) != key(b) for a, b in zip(order[:-1], order[1:]))
+        order = order[np.append(np.fromiter(differs, bool), True)] if count else order
+        splits = np.frombuffer(self.splits, np.int8)[order] if count else order
         shards = []
         for code, split in enumerate(SPLITS):
             rows = order[splits == code]
@@ -68,14 +90,14 @@ def source_or_download(settings, url, suffix='zip', sha256=None):
     """The given source, or the downloaded archive, which stays beside the set until that is complete."""
     if settings.source:
         return settings.source
-    path = os.path.join(settings.out_dir, cache_name(url, suffix))
+    path = os.path.join(settings.work_dir, cache_name(url, suffix))
     if not os.path.exists(path):
         download(url, path, sha256)
     return path
 
 
 def read_table(files, i):
-    """A text file of a source. Raises DataError."""
+    """A text file of a source, without a byte-order mark. Raises DataError."""
     try:
         with open_text(files.place(i)) as f:
             return f.read()
@@ -83,3 +105,8 @@ def read_table(files, i):
         raise DataError(f'{printable(files.names[i])} is not a text table ({error})') from None
     except (*ARCHIVE_ERRORS, ValueError, RuntimeError, NotImplementedError) as error:
         raise DataError(f'{printable(files.names[i])} cannot be read ({reason_of(error)}): get it again') from None
+
+
+def tidy(path):
+    """A path as people write it in a list, './a\\b.wav' say, as it stands in a source."""
+    return posixpath.normpath(path.strip().replace('\\', '/'))

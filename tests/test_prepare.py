@@ -15,11 +15,12 @@ import soundfile
 import torch
 
 import prepare
-from audio import decoding
+from audio import decoding, making
 from audio import sources as audio_sources
 from audio.clips import open_clips, task_splits
 from audio.sources import read_bytes
 from recipes import plan as plan_file
+from recipes.demo import synthesise
 
 from .conftest import SHARED, call, is_one_line_error, needs_shared, write_wav
 
@@ -232,8 +233,9 @@ def test_same_bytes_for_any_number_of_workers_and_after_an_interruption(tmp_path
     original = prepare.pack_clip
     monkeypatch.setattr(prepare, 'pack_clip', interrupted)
     assert run('folder', f'--source={source}', f'--out_dir={tmp_path}/three/set').code == 130
-    left = os.listdir(tmp_path / 'three/set')
-    assert 'test-00000.npz' in left and 'meta.json' not in left and not any(name.endswith('.tmp') for name in left)
+    left = os.listdir(tmp_path / 'three/set/.unfinished')
+    assert os.listdir(tmp_path / 'three/set') == ['.unfinished'] and 'test-00000.npz' in left
+    assert 'meta.json' not in left and not any(name.endswith('.tmp') for name in left)
     assert is_one_line_error(call(lambda _: open_clips(['set'], str(tmp_path / 'three'))), 'meta.json')
     assert run('folder', f'--source={source}', f'--out_dir={tmp_path}/three/set').code == 0
     assert contents(tmp_path / 'one/set') == contents(tmp_path / 'three/set')
@@ -247,8 +249,9 @@ def test_a_finished_set_stays_and_another_source_is_refused(tmp_path, monkeypatc
     before = contents(tmp_path / 'set')
     again = run('folder', f'--source={other}', f'--out_dir={tmp_path}/set')
     assert again.code == 0 and 'there already' in again.out and contents(tmp_path / 'set') == before
-    os.remove(tmp_path / 'set' / 'meta.json')
+    os.remove(tmp_path / 'set' / 'meta.json')                               # as an earlier version left what it began
     assert is_one_line_error(run('folder', f'--source={other}', f'--out_dir={tmp_path}/set'), '--overwrite')
+    assert contents(tmp_path / 'set').items() < before.items()
     (tmp_path / 'set' / 'mine.txt').write_text('not theirs to delete')
     assert run('folder', f'--source={other}', f'--out_dir={tmp_path}/set', '--overwrite').code == 0
     assert 'mine.txt' in os.listdir(tmp_path / 'set')
@@ -444,16 +447,41 @@ def test_a_failing_disk_stops_and_loses_nothing(tmp_path, monkeypatch):
     assert len(open_clips(['set'], str(tmp_path))) == 8
 
 
-def test_a_shard_of_another_seed_is_not_taken_for_this_one(tmp_path):
-    run('demo', '--clips=30', f'--out_dir={tmp_path}/demo')
-    os.remove(tmp_path / 'demo/meta.json')
-    assert is_one_line_error(run('demo', '--clips=30', '--seed=2', f'--out_dir={tmp_path}/demo'), '--overwrite')
+def interrupted(monkeypatch, *argv, after=None):
+    """A preparation that is stopped before its set is whole, or after so many clips."""
+    with monkeypatch.context() as patch:
+        original, calls = prepare.pack_clip, []
+
+        def counting(*arguments):
+            calls.append(1)
+            if len(calls) > after:
+                raise KeyboardInterrupt
+            return original(*arguments)
+
+        def stop(*_):
+            raise KeyboardInterrupt
+        if after is None:
+            patch.setattr(making, 'finish', stop)
+        else:
+            patch.setattr(prepare, 'pack_clip', counting)
+        result = run(*argv)
+    assert result.code == 130 and 'run the same command again' in result.err, result.err
+    return result
+
+
+def test_a_shard_of_another_seed_is_not_taken_for_this_one(tmp_path, monkeypatch):
+    interrupted(monkeypatch, 'demo', '--clips=30', f'--out_dir={tmp_path}/demo')
+    other = ['demo', '--clips=30', '--seed=2', f'--out_dir={tmp_path}/demo']
+    assert is_one_line_error(run(*other), '--overwrite')
+    assert run(*other, '--overwrite').code == 0
+    run('demo', '--clips=30', '--seed=2', f'--out_dir={tmp_path}/two/demo')
+    assert contents(tmp_path / 'demo') == contents(tmp_path / 'two/demo')
 
 
 def test_long_clips_are_counted_in_pieces(tmp_path, monkeypatch):
-    whole = prepare.pack_clip(('demo', 1, 3), 60)[1]
+    whole = prepare.pack_clip((synthesise, 1, 3), 60)[1]
     monkeypatch.setattr(prepare, 'MINUTE', 37)
-    np.testing.assert_allclose(prepare.pack_clip(('demo', 1, 3), 60)[1], whole, rtol=1e-6)
+    np.testing.assert_allclose(prepare.pack_clip((synthesise, 1, 3), 60)[1], whole, rtol=1e-6)
 
 
 def test_a_damaged_table_is_named(tmp_path):

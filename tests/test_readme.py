@@ -50,6 +50,9 @@ def options_of(script):
     from configurator import settings_of
 
     known = set(settings_of(os.path.join(ROOT, script)))
+    if script == 'prepare.py':
+        for recipe in ('plan', *prepare.RECIPES):
+            known |= set(settings_of(os.path.join(ROOT, 'recipes', recipe + '.py')))
     return (
         known | set(settings_of(os.path.join(ROOT, 'model.py'), 'ASDAConfig'))
         if script in ('pretrain.py', 'finetune.py')
