@@ -159,7 +159,7 @@ def test_audioset_is_found_labelled_tuned_on_and_evaluated(audioset, pretrained)
         'finetune_as2m.py', 'as2m', pretrained, audioset, '--epoch_clips=5', '--validation_part=0.3'
     )
     assert 'mAP' in told and 'mAUC' in evaluated and 'd-prime' in evaluated and 'on as_eval' in evaluated
-    with open(audioset / 'tuned/classes.csv', newline='') as f:
+    with open(audioset / 'tuned/classes-as_eval-best.csv', newline='') as f:
         rows = list(csv.DictReader(f))
     assert [row['class'] for row in rows] == LABELS and set(rows[0]) == {'class', 'clips', 'average_precision', 'auc'}
     tested = open_clips(['as_eval'], str(audioset), ['eval'])
