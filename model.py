@@ -250,17 +250,15 @@ class ASDA(nn.Module):
         """One training forward -> scalar loss, dict of scalar measures.
 
         spec (B, frames, n_mels); mask (B, n, P) bool, True = masked, n_kept(P, mask_ratio) False in every view, or else
-        ValueError (where Python would have to wait for a device, and compiled: a loss that is not finite);
-        noise (B * n, P, D) for the masked places, in the type that the decoder shall work in; N(0, mask_noise^2).
+        RuntimeError; noise (B * n, P, D) for the masked places, in the decoder's type, drawn from N(0, mask_noise^2) if
+        not given.
         frame, utterance: the two losses. target_std, pred_std: standard deviation over the masked patches, of the
         predictions for each clip's first student only, mean over channels (0 = collapse). explained: 1 - squared error
         / variance of the targets, over the masked patches.
         """
         B, n, P = mask.shape
         D, T = self.config.n_embd, n_kept(P, self.config.mask_ratio)
-        kept = P - mask.sum(dim=2)                                          # (B, n)
-        if mask.device.type == 'cpu' and not torch.compiler.is_compiling() and not (kept == T).all():
-            raise ValueError(f'every view must keep {T} of {P} patches, but one keeps {kept[kept != T][0]}')
+        torch._assert_async((mask.sum(dim=2) == P - T).all(), f'every view must keep {T} of {P} patches')   # no waiting
         target, utterance_target = self.targets(spec)                       # (B, P, D), (B, D)
         keep = mask.flatten(0, 1).to(torch.uint8).argsort(dim=1, stable=True)[:, :T]     # (B * n, T), in rising order
         x = self.encoder(spec, keep)                                        # (B * n, 1 + T, D)
@@ -277,7 +275,7 @@ class ASDA(nn.Module):
             target_variance = masked_variance(target, mask.sum(dim=1))
             prediction_variance = masked_variance(prediction[:, 0], mask[:, 0])
             explained = 1 - frame_loss * math.sqrt(D) / target_variance.sum()
-        return loss / (kept == T).all(), {
+        return loss, {
             'frame': frame_loss.detach(), 'utterance': utterance_loss.detach(), 'explained': explained,
             'target_std': target_variance.sqrt().mean(), 'pred_std': prediction_variance.sqrt().mean()}
 

@@ -40,7 +40,8 @@ class FusedAttention(DiffAttention):
 
 
 class TritonAttention(FusedAttention):
-    """One product for Q, K and V and one kernel for the rest up to the head's norm, on the shapes that it takes."""
+    """One product for Q, K and V, one kernel for the rest up to the norm of a head, whose weight and bias go into W_O:
+    on the shapes that the kernel takes. What it does not call (qk, v, norm, proj) has no hooks then."""
 
     def forward(self, x):
         h, D, per_head = self.config.n_head, x.shape[2], self.config.head_norm == 'per_head'
@@ -51,8 +52,11 @@ class TritonAttention(FusedAttention):
         weight, bias = torch.cat([self.qk.weight, self.v.weight]), torch.cat([self.qk.bias, self.v.bias])
         qkv = F.linear(x, weight, bias.detach())                            # the next line has the bias's gradient
         y = kernels.diff_attention(qkv, bias, h, self.config.diff_lambda, per_head, TARGET_EPS)
-        y = y * self.norm.weight + self.norm.bias if per_head else self.norm(y)
-        return self.proj(y * self.config.attn_scale)
+        if not per_head or type(self.proj) is not nn.Linear:
+            y = y * self.norm.weight + self.norm.bias if per_head else self.norm(y)
+            return self.proj(y * self.config.attn_scale)
+        weight = self.proj.weight * self.config.attn_scale                  # W_O (w y + b) = (W_O w) y + W_O b: no pass
+        return F.linear(y, weight * self.norm.weight, self.proj.bias + (weight * self.norm.bias).sum(dim=1))    # over y
 
 
 class TritonDecoder(Decoder):

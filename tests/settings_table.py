@@ -15,9 +15,9 @@ from .conftest import ROOT
 PAGE = os.path.join(ROOT, 'docs', 'settings.md')
 HEAD = """# Every setting, and who would set it
 
-`--key=value` on the command line, or `key = value` in a Python file that is named there; such a file can build on another
-with `include('other.py')` and compute with what the command line says, which wins. `python SCRIPT.py --help` says what
-each setting means. The page is written by `python -m tests.settings_table`, but for its last column.
+`--key=value` on the command line, or `key = value` in a Python file that is named there; such a file can build on
+another with `include('other.py')` and compute with what the command line says, which wins. `python SCRIPT.py --help`
+says what each setting means. The page is written by `python -m tests.settings_table`, but for its last column.
 
 | setting | where, with its default | who would set it |
 |---|---|---|

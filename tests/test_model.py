@@ -226,8 +226,10 @@ def test_cls_in_the_middle_stands_there_and_comes_out_first(monkeypatch):
 
 @pytest.mark.parametrize('frames', [16, 48, 1024, MAX_FRAMES])
 def test_any_length_that_is_a_multiple_of_the_patch(frames):
+    encoder = Encoder(variant(n_layer=1, n_embd=16))
+    forms.apply(encoder)                                                     # no maps of two minutes in memory
     with torch.no_grad():
-        assert Encoder(variant(n_layer=1, n_embd=16))(torch.zeros(1, frames, 128)).shape == (1, 1 + frames // 2, 16)
+        assert encoder(torch.zeros(1, frames, 128)).shape == (1, 1 + frames // 2, 16)
 
 
 @pytest.mark.parametrize('frames, mels', [(50, 128), (MAX_FRAMES + 16, 128), (64, 64)])
@@ -403,23 +405,20 @@ def wrong_by_one(mask, view, keeps):
     return mask
 
 
-@pytest.mark.parametrize('keeps, count', [(True, 7), (False, 5)])
-def test_a_mask_that_keeps_another_number_is_refused(keeps, count):
+@pytest.mark.parametrize('keeps', [True, False])
+def test_a_mask_that_keeps_another_number_is_refused(keeps):
+    """Of one view; compiled too."""
     model, (spec, mask, noise) = ASDA(SMALL), small_batch(SMALL)
     wrong = wrong_by_one(mask, 4, keeps)
-    with pytest.raises(ValueError, match=f'must keep 6 of 32 patches, but one keeps {count}'):
+    with pytest.raises(RuntimeError, match='every view must keep 6 of 32 patches'):
         model(spec, wrong, noise)
-
-
-def test_a_compiled_graph_makes_the_loss_of_such_a_mask_infinite(monkeypatch):
-    """So that gradients are not finite, and the step is skipped. (What the graph computes, without compiling it.)"""
-    model, (spec, mask, noise) = ASDA(SMALL), small_batch(SMALL)
-    monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: True)
-    assert model(spec, mask, noise)[0].isfinite()
-    loss = model(spec, wrong_by_one(mask, 0, True), noise)[0]
-    loss.backward()
-    assert loss.isinf() and not torch.nn.utils.get_total_norm(
-        p.grad for p in model.parameters() if p.grad is not None).isfinite()
+    if keeps:
+        return
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
+    torch.testing.assert_close(compiled(spec, mask, noise)[0], model(spec, mask, noise)[0])
+    with pytest.raises(RuntimeError, match='every view must keep 6 of 32 patches'):
+        compiled(spec, wrong, noise)
 
 
 def test_noise_that_is_not_given_is_drawn_at_its_scale(monkeypatch):

@@ -166,12 +166,12 @@ def test_channels_are_averaged_rates_converted_and_peaks_clipped(tmp_path):
               **{f's/{rate}.wav': (wave, rate) for rate, wave in sine.items()}}
     prepare_folder(tmp_path, 'mixed', sounds, ['train'] * len(sounds))
     found = dict(stored(tmp_path, 'mixed', 'train'))
-    assert np.abs(found['s/stereo.wav'] - stereo.astype(float).mean(axis=1)).max() <= 0.51
-    assert np.abs(found['s/three.wav'] - three.astype(float).mean(axis=1)).max() <= 0.51
-    assert np.abs(found['s/loud.wav'] - np.clip(loud.astype(float) * 2 ** 15, -2 ** 15, 2 ** 15 - 1)).max() <= 0.51
+    assert np.abs(found['stereo.wav'] - stereo.astype(float).mean(axis=1)).max() <= 0.51
+    assert np.abs(found['three.wav'] - three.astype(float).mean(axis=1)).max() <= 0.51
+    assert np.abs(found['loud.wav'] - np.clip(loud.astype(float) * 2 ** 15, -2 ** 15, 2 ** 15 - 1)).max() <= 0.51
     for rate, wave in sine.items():
         want = torchaudio.functional.resample(torch.from_numpy(wave), rate, 16000).numpy() * 2 ** 15
-        pcm = found[f's/{rate}.wav']
+        pcm = found[f'{rate}.wav']
         assert len(pcm) == len(want) and np.abs(pcm - want).max() <= 0.51
         true = 2 ** 14 * np.sin(2 * np.pi * 440 * np.arange(len(pcm)) / 16000)
         assert np.abs(pcm - true)[200:-200].max() < 30                      # of 16,384
@@ -227,7 +227,7 @@ class CountingPool:
 
 def test_few_chunks_are_under_way_and_results_come_in_order():
     """Reference: the same places packed one by one; a pool of n has work waiting, but at most 2 n chunks of it."""
-    places = [('demo', 1, i) for i in range(60)]
+    places = [(demo.synthesise, 1, i) for i in range(60)]
     pool = CountingPool(3)
     found = list(prepare.pack_in_order(places, 60, pool))
     assert 3 < pool.most <= 6
