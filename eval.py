@@ -19,7 +19,7 @@ from audio import HOP_SAMPLES, SAMPLE_RATE, WINDOW_SAMPLES, frames_in, samples_f
 from audio.clips import open_clips, open_test, read_meta, task_splits
 from audio.files import complain, named_files, open_files
 from checkpoints.opening import open_checkpoint
-from engine import processes
+from engine import processes, ranges
 from engine.errors import CheckpointError, ConfigError
 from engine.files import printable, replacing
 from engine.ranges import check_model
@@ -55,10 +55,6 @@ dtype = 'auto'              # float32 or bfloat16; auto: bfloat16 on a GPU that 
 workers = 0                 # processes that read clips ahead; 0: none
 threads = 0                 # CPU threads; 0: PyTorch's choice
 
-RANGES = {'labels_per_class': (0, 1e9), 'validation_part': (1e-6, 1), 'seed': (0, 2 ** 32 - 1), 'top_k': (1, 1e6),
-          'max_minutes': (0.001, 1e5), 'frames': (0, 1e6), 'norm_mean': (-100, 100), 'norm_std': (1e-3, 100),
-          'batch_size': (1, 1e6), 'workers': (0, 1000), 'threads': (0, 1000), 'window': (0, MAX_FRAMES / 100),
-          'hop': (0, 1e6)}
 MAX_EMBEDDING_BYTES = 8 << 30
 
 
@@ -194,7 +190,7 @@ def write_embeddings(loaded, settings, process, autocast):
 
 def check(settings):
     """Raise ConfigError for settings that cannot work."""
-    configurator.check_ranges(settings, **RANGES)
+    configurator.check_ranges(settings, **ranges.EVALUATE)
     if settings.window and settings.frames:
         raise ConfigError('--window and --frames both set the input length: give one')
     if settings.window and settings.window < WINDOW_SAMPLES / SAMPLE_RATE or 0 < settings.hop < 0.01:

@@ -242,8 +242,9 @@ def test_wav_prints_the_top_classes(straight, tmp_path):                        
 @pytest.mark.parametrize('file', ['authors_tiny_finetune.pt', 'eat_tiny_finetune.pt'])
 def test_wav_with_the_authors_classifier(tmp_path, file):
     write_wav(str(tmp_path / 'a.wav'), 0.3 * np.sin(np.arange(20000) / 5))
-    result = call(evaluation.run, f'--ckpt={FIXTURES}/{file}', f'--wav={tmp_path}/a.wav')
-    assert result.code == 0 and result.out.count('class ') == 5, result.err
+    for options, shown in (([], 5), (['--top_k=3'], 3), (['--top_k=99'], 10)):
+        result = call(evaluation.run, f'--ckpt={FIXTURES}/{file}', f'--wav={tmp_path}/a.wav', *options)
+        assert result.code == 0 and result.out.count('class ') == shown, result.err
 
 
 def test_long_files_are_windowed_averaged_and_timed(straight, tmp_path):                    # noqa: F811
@@ -422,7 +423,7 @@ def tones(folder, *names):
         write_wav(f'{folder}/{name}', 0.3 * np.sin(np.arange(20000 + 1000 * k) / 5))
 
 
-def test_every_set_fold_and_checkpoint_has_its_own_tables(straight, data_dir, tmp_path):     # noqa: F811
+def test_every_set_fold_and_checkpoint_has_its_own_tables(straight, pretrained, data_dir, tmp_path):     # noqa: F811
     """Beside the checkpoint: classes-SET[-fold-FOLD]-CKPT.csv, and -windows.csv; none is overwritten by another."""
     shutil.copytree(straight, tmp_path / 'run')
     for name in ('noises', 'others/1'):
@@ -455,6 +456,8 @@ def test_every_set_fold_and_checkpoint_has_its_own_tables(straight, data_dir, tm
     result = call(evaluation.run, f'--ckpt={tmp_path}/run/of_b.pt', f'--data_dir={tmp_path}/data')
     assert f'of {seen[f"{tmp_path}/run/classes-noises-fold-b-best.csv"]})' in result.out, result.err
     assert os.path.exists(tmp_path / 'run' / 'classes-noises-fold-b-of_b.csv')
+    result = call(evaluation.run, f'--ckpt={pretrained}', f'--data_dir={tmp_path}/data', '--dataset=noises', '--fold=b')
+    assert f'{seen[f"{tmp_path}/run/classes-noises-fold-b-best.csv"]} test clips' in result.out, result.err
 
 
 def test_the_score_is_printed_before_its_table_is_written(straight, data_dir, tmp_path, monkeypatch):   # noqa: F811
