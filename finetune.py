@@ -23,9 +23,8 @@ import configurator
 import data
 from audio import N_MELS
 from audio.clips import read_meta, sampling_weights, task_splits
-from checkpoints import saving
 from checkpoints.opening import open_checkpoint
-from engine import processes, ranges
+from engine import processes, ranges, saving
 from engine import run as running
 from engine.errors import ROOT, ConfigError
 from fast import forms

@@ -1,1 +1,1 @@
-"""Checkpoints: how ours are saved and go on, and how any are opened, foreign ones too. All are hostile input."""
+"""Whose checkpoints are opened for use: ours, and the authors', EAT's and SSLAM's. All are hostile input."""

@@ -17,9 +17,9 @@ import zipfile
 
 import torch
 
-from checkpoints.saving import load_weights, unwrapped
 from engine.errors import CheckpointError
 from engine.ranges import check_model
+from engine.saving import load_weights, unwrapped
 from model import ASDA, ASDAConfig, Classifier, position_table
 
 # Our names, theirs. N is the number of the block.

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from audio import WINDOWS
-from checkpoints import authors, saving
+from checkpoints import authors
+from engine import saving
 from engine.errors import CheckpointError, ConfigError
 from engine.processes import in_float32
 from engine.ranges import check_model

@@ -1,1 +1,1 @@
-"""What running needs and the method does not: processes, precision, signals, files, the log, errors."""
+"""What running needs and the method does not: processes, precision, signals, files, checkpoints, the log, errors."""

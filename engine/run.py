@@ -22,8 +22,7 @@ import time
 import torch
 
 import configurator
-from checkpoints import saving
-from engine import logs, processes
+from engine import logs, processes, saving
 from engine.errors import ConfigError, RunError
 from engine.files import locked
 from engine.loading import loader

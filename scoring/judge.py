@@ -4,8 +4,7 @@ import os
 
 import numpy as np
 
-from checkpoints import saving
-from engine import processes
+from engine import processes, saving
 from scoring.metrics import describe, metrics
 from scoring.probes import predict
 

@@ -14,9 +14,8 @@ import torch.nn.functional as F
 import eval as evaluation
 import finetune
 import pretrain
-from checkpoints import saving
 from configurator import configure
-from engine import processes
+from engine import processes, saving
 from engine.errors import ConfigError
 from model import ASDAConfig, Classifier
 from scoring import judge

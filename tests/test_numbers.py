@@ -29,10 +29,9 @@ import prepare
 import pretrain
 from audio.clips import Clips, carve_validation, few_labels, key_hash, open_clips, task_splits
 from audio.decoding import decode_file
-from checkpoints import saving
 from checkpoints.opening import open_checkpoint
 from configurator import configure
-from engine import processes, randomness
+from engine import processes, randomness, saving
 from engine.errors import DataError
 from model import ASDA, ASDAConfig, Encoder
 from recipes import demo

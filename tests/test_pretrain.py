@@ -17,9 +17,8 @@ import torch
 
 import data
 import pretrain
-from checkpoints import saving
 from configurator import configure
-from engine import processes
+from engine import processes, saving
 from engine.errors import RunError
 from fast import kernels
 from scoring import monitor

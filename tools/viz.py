@@ -21,9 +21,9 @@ import data
 from audio import frames_in, samples_for
 from audio.clips import open_clips, open_test, read_meta
 from audio.decoding import decode_file
-from checkpoints import authors, saving
+from checkpoints import authors
 from checkpoints.opening import open_checkpoint
-from engine import processes, randomness
+from engine import processes, randomness, saving
 from engine.errors import CheckpointError, ConfigError, DataError
 from engine.files import replacing
 from engine.logs import whole_lines
