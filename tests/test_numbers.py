@@ -866,7 +866,7 @@ def test_ties_of_neighbours_go_to_the_closer_ones():
 
 
 def test_the_probes_strength_is_chosen_on_validation_and_features_standardised_by_training():
-    """Reference: scikit-learn, on parts that differ in mean and scale and prefer different strengths."""
+    """Reference: scikit-learn, on parts that prefer different strengths; fewer test clips score alike."""
     rng, centres = np.random.default_rng(0), np.random.default_rng(6).standard_normal((3, 20))
     labels = [rng.integers(3, size=n) for n in (60, 150, 150)]
     parts = []
@@ -881,6 +881,8 @@ def test_the_probes_strength_is_chosen_on_validation_and_features_standardised_b
     assert want == max(strengths)                                           # and training a weaker one
     logits, strength = linear_probe((parts[0], np.eye(3)[labels[0]]), (parts[1], np.eye(3)[labels[1]]), parts[2], False)
     assert strength == want and int((logits.argmax(axis=1) == labels[2]).sum()) == by_strength[want][1]
+    few, _ = linear_probe((parts[0], np.eye(3)[labels[0]]), (parts[1], np.eye(3)[labels[1]]), parts[2][:9], False)
+    np.testing.assert_allclose(few, logits[:9], rtol=1e-6)                  # a clip's score is its own
 
 
 def test_the_probe_of_several_labels_a_clip():
