@@ -17,6 +17,7 @@ import model as model_file
 import pretrain
 from audio import WINDOWS
 from engine import processes
+from fast import forms
 from model import ASDA, ASDAConfig
 from tools import authors_arrangement as authors
 from tools import bench
@@ -155,7 +156,9 @@ def test_flops_are_those_that_pytorch_counts(changes, monkeypatch):
     monkeypatch.setattr(model_file, 'masked_variance', lambda x, weight: x.flatten(0, -2).var(dim=0), raising=False)
     config = ASDAConfig(**{**SMALL, **changes, 'decoder_groups': 1})
     parts = bench.flops(config)
-    model, (spec, mask, noise) = ASDA(config).double(), inputs(config, torch.float64)      # Linear as a product
+    model, (spec, mask, noise) = ASDA(config).double(), inputs(config, torch.float64)
+    monkeypatch.setattr(forms, 'MAX_MAP', 0)            # as on a GPU: one fused call, which multiplies V with either map
+    forms.apply(model, ['fused'])
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:      # whose attention is matmuls
         model(spec, mask, noise)[0].backward()
     counted = {}
@@ -172,7 +175,9 @@ def test_flops_are_those_that_pytorch_counts(changes, monkeypatch):
 
 def test_flops_of_grouped_convolutions():
     config = ASDAConfig(**SMALL)
-    model, (spec, mask, noise) = ASDA(config).double(), inputs(config, torch.float64)      # Linear as a product
+    model, (spec, mask, noise) = ASDA(config).double(), inputs(config, torch.float64)
+    monkeypatch.setattr(forms, 'MAX_MAP', 0)            # as on a GPU: one fused call, which multiplies V with either map
+    forms.apply(model, ['fused'])
     with FlopCounterMode(display=False) as counter:
         model(spec, mask, noise)
     counted = counter.get_flop_counts()['Global'][torch.ops.aten.convolution]
