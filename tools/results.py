@@ -17,6 +17,7 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 
 import configurator
 import eval as evaluation
@@ -44,6 +45,7 @@ TASKS = {                               # name: (finetune.py arguments, updates,
     'ESC-10, fold 5': (['config/finetune_esc10.py'], 200, {}),
     'demo, 10 labels per class': (['config/finetune_demo.py'], 200, {'*': (1, 2)}),
 }
+ONE_AT_A_TIME = threading.Lock()         # Python's parser of Python (ast) fails now and then in several threads
 ARMS = {                                # arm: (further arguments, choices of learning rate and pooling)
     'pretrained': ([], ((1e-3, 'mean'), (5e-4, 'mean'))),
     'scratch': (['--init=scratch'], ((1e-3, 'cls'), (1e-3, 'mean'))),
@@ -76,7 +78,8 @@ def finetune(settings, task, arm, choice, multiple, seed):
 
 def configured(arguments):
     """The settings of a finetune.py command."""
-    return configurator.configure(tuning.__file__, arguments, (os.path.join(ROOT, 'model.py'), 'ASDAConfig'))
+    with ONE_AT_A_TIME:
+        return configurator.configure(tuning.__file__, arguments, (os.path.join(ROOT, 'model.py'), 'ASDAConfig'))
 
 
 def identity(how, checkpoint):
