@@ -243,7 +243,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
 
 def test_a_loss_that_stays_nan_stops_the_run_and_names_the_clips(data_dir, tmp_path):
     result = call(pretrain.run, *RUN, '--lr=1e30', '--warmup_steps=1', '--grad_clip=0', '--max_bad_steps=2',
-                  '--max_steps=30', f'--data_dir={data_dir}', f'--out_dir={tmp_path}/nan')
+                  '--max_steps=30', '--save_interval=100', f'--data_dir={data_dir}', f'--out_dir={tmp_path}/nan')
     assert (result.code == 1 and '2 steps in a row' in result.err and '.wav' in result.err
             and f'{tmp_path}/nan holds no checkpoint' in result.err and 'Traceback' not in result.err)
     assert result.out.count('has a gradient that is not finite; skipped') == 2
