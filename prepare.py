@@ -53,7 +53,7 @@ overwrite = False       # make a set anew; the old one stays, and takes its spac
 
 RECIPES = {'demo': demo, 'fsdd': fsdd, 'esc50': esc50, 'speechcommands': speechcommands, 'audioset': audioset,
            'folder': folder}
-RANGES = dict(max_bad=(0, 1), max_minutes=(0.01, 1e4), clips=(10, 10 ** 7), seed=(0, 2 ** 62))
+RANGES = dict(max_bad=(0, 1), max_minutes=(0.01, 1e4), clips=(10, 10 ** 7), seed=(0, 2 ** 32 - 1))
 CHUNK = 4                                           # files that a worker takes at a time
 MINUTE = 6000                                       # frames
 # A disk or network that fails, too many open files, no space: reasons to stop, not to leave a file out.

@@ -17,6 +17,10 @@ import torchaudio
 from torchaudio.compliance import kaldi
 
 import data
+import eval as evaluation
+import finetune
+import prepare
+import pretrain
 from audio import WINDOWS, frames_in, samples_for
 from audio import clips as clips_file
 from audio.clips import Clips, carve_validation, open_clips, sampling_weights, task_splits
@@ -24,7 +28,7 @@ from engine.errors import ConfigError, DataError
 from engine.randomness import STREAMS, random
 from fast import spectrogram
 
-from .conftest import SHARED, needs_shared
+from .conftest import SHARED, call, is_one_line_error, needs_shared
 
 
 def reference_fbank(wave, window):
@@ -451,6 +455,9 @@ def test_seeds_of_more_bits_than_the_numbers_know_are_refused():
     for seed in (2 ** 32, 2 ** 33 + 1, 2 ** 62, -1):
         with pytest.raises(ConfigError, match=f'seed = {seed} must be from 0 to 4294967295'):
             random(seed, 'order', 0)
+    for run, first in ((prepare.run, ['demo']), (pretrain.run, []), (finetune.run, []), (evaluation.run, [])):
+        result = call(run, *first, '--seed=4294967296')
+        assert is_one_line_error(result, 'seed = 4294967296', '4.29497e+09'), result.err
     streams = [random(seed, stream, *where).integers(2 ** 60) for seed in (0, 1, 2 ** 32 - 1)
                for stream in STREAMS for where in ((1, 2), (2, 1), (3, 4))]
     assert len(set(streams)) == len(streams)
