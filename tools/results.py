@@ -79,7 +79,13 @@ def finetune(settings, task, arm, choice, multiple, seed):
 def configured(arguments):
     """The settings of a finetune.py command."""
     with ONE_AT_A_TIME:
-        return configurator.configure(tuning.__file__, arguments, (os.path.join(ROOT, 'model.py'), 'ASDAConfig'))
+        for _ in range(20):
+            try:
+                return configurator.configure(tuning.__file__, arguments,
+                                              (os.path.join(ROOT, 'model.py'), 'ASDAConfig'))
+            except SystemError:             # CPython's ast loses count when another thread runs meanwhile: again
+                pass
+        raise RunError('Python could not parse the settings: run again')
 
 
 def identity(how, checkpoint):
