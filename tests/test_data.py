@@ -274,6 +274,17 @@ def test_augmentations_one_by_one():
     assert (noisy[2] - x[2].roll(-10, 0)).abs().max() <= 0.1 + 1e-6
 
 
+def test_without_settings_nothing_is_augmented(data_dir):
+    clips = open_clips(['noises'], data_dir)
+    batches = data.FinetuneBatches(clips, 64, 8, range(8), 1, n_layer=2)
+    batch, order = batches[0], data.Order(len(clips), 1)
+    plain = data.stack([clips.read(order.at(place), count=batches.samples) for place in range(8)], batches.samples)
+    assert torch.equal(batch['pcm'], plain['pcm']) and batch['mix'] == 1 and 'noise_seed' not in batch
+    assert (batch['gain'] == 1).all() and not batch['noise'].any() and not batch['shift'].any()
+    assert all((start == stop).all() for start, stop in (batch['bands'].T, batch['times'].T))
+    assert batches.mixup_probability == finetune.mixup_probability
+
+
 def test_draws_have_the_stated_ranges(data_dir):
     batches = finetune_batches(open_clips(['noises'], data_dir), [0])
     draws = [batches.draw(np.random.default_rng(i)) for i in range(2000)]
