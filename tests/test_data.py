@@ -283,6 +283,8 @@ def test_without_settings_nothing_is_augmented(data_dir):
     assert (batch['gain'] == 1).all() and not batch['noise'].any() and not batch['shift'].any()
     assert all((start == stop).all() for start, stop in (batch['bands'].T, batch['times'].T))
     assert batches.mixup_probability == finetune.mixup_probability
+    one = data.FinetuneBatches(clips, 64, 8, [3], 1, n_layer=2)[0]          # a place alone is itself
+    assert all(torch.equal(value, batch[name][3:4]) for name, value in one.items() if value.ndim)
 
 
 def test_draws_have_the_stated_ranges(data_dir):
