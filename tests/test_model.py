@@ -259,6 +259,8 @@ def test_initial_values():
     assert abs(float(encoder.patch_embed.weight.abs().max()) - bound) < 1e-4
     bias = encoder.patch_embed.bias                                         # 768 numbers from U(-1/16, 1/16)
     assert -1 / 16 <= float(bias.min()) < -0.06 and 0.06 < float(bias.max()) <= 1 / 16
+    model = Classifier(ASDAConfig(n_layer=1), 527)
+    assert abs(float(model.head.weight.std()) - 0.02) < 1e-4 and not model.head.bias.any()
 
 
 @pytest.mark.parametrize('changes, message', [
