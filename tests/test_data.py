@@ -186,9 +186,9 @@ def test_masks_of_a_base_batch_take_less_than_50_ms_on_one_core():
     torch.set_num_threads(1)
     generator, times = torch.Generator().manual_seed(0), []
     for _ in range(5):
-        began = time.perf_counter()
+        began = time.process_time()                                         # whatever else the machine has to do
         data.block_masks(48, 16, (63, 8), 0.8, 5, generator)
-        times.append(time.perf_counter() - began)
+        times.append(time.process_time() - began)
     assert min(times) < 0.05, times
 
 
@@ -285,6 +285,18 @@ def test_without_settings_nothing_is_augmented(data_dir):
     assert batches.mixup_probability == finetune.mixup_probability
     one = data.FinetuneBatches(clips, 64, 8, [3], 1, n_layer=2)[0]          # a place alone is itself
     assert all(torch.equal(value, batch[name][3:4]) for name, value in one.items() if value.ndim)
+
+
+def test_evaluation_takes_each_clip_once_in_their_order(data_dir):
+    clips = open_clips(['noises'], data_dir).select(np.arange(7))
+    for size, sizes in ((3, [3, 3, 1]), (7, [7]), (8, [7])):
+        batches = data.OrderedBatches(clips, 48, size)
+        found = [batches[k] for k in range(len(batches))]
+        assert [len(batch['pcm']) for batch in found] == sizes
+        rows = zip(torch.cat([batch['pcm'] for batch in found]), torch.cat([batch['lengths'] for batch in found]))
+        for i, (row, length) in enumerate(rows):
+            assert row.shape == (47 * 160 + 400,) and np.array_equal(row[:length], clips.read(i)[:47 * 160 + 400])
+            assert length == min(int(clips.length[i]), 47 * 160 + 400) and not row[length:].any()
 
 
 def test_draws_have_the_stated_ranges(data_dir):

@@ -317,7 +317,7 @@ def plain_targets(model, spec, raw=False):
     """Section 4 of the method, patch by patch, in float64."""
     _, outputs = model.teacher(spec, layers=True)
     normed = []
-    for t in outputs[-model.config.target_layers:]:
+    for t in outputs[len(outputs) - (model.config.target_layers or len(outputs)):]:
         t = t[:, 1:].double()
         normed.append(t if raw else
                       (t - t.mean(1, keepdim=True)) / (t.var(1, keepdim=True, unbiased=False) + 1e-5).sqrt())
@@ -327,15 +327,16 @@ def plain_targets(model, spec, raw=False):
     return (mean - mean.mean(-1, keepdim=True)) / (mean.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
 
 
-@pytest.mark.parametrize('target_layers', [0, 1])
+@pytest.mark.parametrize('target_layers', [0, 1, 2])
 def test_targets(target_layers):
-    model = ASDA(variant(target_layers=target_layers))
+    """Of all three layers, the last, the last two."""
+    model = ASDA(variant(n_layer=3, target_layers=target_layers))
     spec, _, _ = small_batch(SMALL)
     frame, utterance = model.targets(spec)
     want = plain_targets(model, spec)
     torch.testing.assert_close(frame.double(), want, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(utterance.double(), want.mean(1), atol=1e-5, rtol=1e-4)
-    raw = ASDA(variant(target_layers=target_layers, utterance_target='raw'))
+    raw = ASDA(variant(n_layer=3, target_layers=target_layers, utterance_target='raw'))
     raw.load_state_dict(model.state_dict())
     torch.testing.assert_close(raw.targets(spec)[1].double(), plain_targets(model, spec, raw=True), atol=1e-5,
                                rtol=1e-4)
