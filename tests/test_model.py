@@ -3,6 +3,7 @@ import copy
 import dataclasses
 import math
 import os
+import runpy
 import weakref
 
 import numpy as np
@@ -58,6 +59,15 @@ def test_parameter_counts():
     with torch.device('meta'):
         assert count_parameters(ASDA(ASDAConfig())) == 94_950_144          # the authors' own model, counted
         assert abs(count_parameters(Classifier(ASDAConfig(), 527)) / 1e6 - 93) < 0.5
+
+
+def test_the_file_prints_the_counts(capsys):
+    with torch.device('meta'):
+        runpy.run_path(model_module.__file__, run_name='__main__')
+        classifier = count_parameters(Classifier(ASDAConfig(), 527))
+    said = capsys.readouterr().out
+    assert 'trainable in pre-training: 94,950,144\n' in said
+    assert said.endswith(f'classifier with 527 classes: {classifier:,}\n')
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
@@ -535,6 +545,8 @@ def test_stochastic_depth_drops_whole_clips_and_keeps_the_mean():
     assert set(dropped.unique().tolist()) == {0.0, torch.tensor(4 / 3).item()}
     assert torch.equal(dropped, dropped[:, :1, :1].expand(-1, 2, 3))
     assert abs(float(dropped.mean()) - 1) < 0.03
+    assert model_module.drop_path(branch[:3], 0.5, torch.tensor([0.5, 0.4999, 0.0]))[:, 0, 0].tolist() == [2, 0, 0]
+    assert torch.equal(model_module.drop_path(branch, 0.0, torch.zeros(4000)), branch)
     model = Classifier(variant(drop_path=0.5), 5)
     assert [block.drop_rate for block in model.encoder.blocks] == [0.0, 0.5]
     rates = [block.drop_rate for block in Encoder(variant(drop_path=0.4, n_layer=5)).blocks]
