@@ -17,6 +17,7 @@ import torch
 
 import data
 import pretrain
+from audio.clips import open_clips
 from configurator import configure
 from engine import processes, saving
 from engine.errors import ConfigError, RunError
@@ -423,6 +424,9 @@ def test_monitor_and_next_step(data_dir, tmp_path):
     steps = [line for line in result.out.splitlines() if re.match(r'step \d/6  loss', line)]
     assert len(steps) == 6 and all(re.search(r' clips/s  (\d+m )?\d+s left$', line) for line in steps)
     assert steps[-1].endswith(' 0s left')
+    hours = open_clips(['demo'], data_dir).length.sum() / 16000 / 3600
+    assert f' clips, {hours:.2f} hours, log-mel mean ' in result.out
+    assert '; 4 x 8 patches, 6 of them kept by each of 2 students\n' in result.out
     assert f'next:  python eval.py --ckpt={tmp_path}/out/ckpt.pt --dataset=demo ' in result.out
     assert f'       python finetune.py config/finetune_demo.py --ckpt={tmp_path}/out/ckpt.pt' in result.out
     other = pretrain.settings_next(settings('--eval_dataset=noises', f'--data_dir={data_dir}', '--out_dir=x'))
