@@ -64,6 +64,19 @@ def test_layerwise_rates_and_decay():
 def test_schedule():
     s = settings('--lr=1.0', '--min_lr=0.1', '--warmup_steps=10', '--max_steps=110')
     assert [finetune.lr_at(step, s) for step in (0, 5, 10, 60, 110)] == pytest.approx([0.1, 0.55, 1.0, 0.55, 0.1])
+    s = settings('--lr=1.0', '--min_lr=0.1', '--warmup_steps=0', '--max_steps=100')
+    assert [finetune.lr_at(step, s) for step in (0, 50)] == pytest.approx([1.0, 0.55])
+
+
+def test_a_batch_is_cut_into_pairs():
+    """Of a place and its partner in mixup, where there are several processes or parts."""
+    def check(batch_size, accumulate, world):
+        finetune.check(settings('--init=scratch', f'--batch_size={batch_size}', f'--accumulate={accumulate}'), world)
+    for fits in ((1, 1, 1), (3, 1, 1), (4, 2, 1), (4, 1, 2), (8, 2, 2)):
+        check(*fits)
+    for odd in ((6, 2, 1), (6, 1, 2), (12, 2, 2)):
+        with pytest.raises(ConfigError, match=f'batch_size = {odd[0]} is not divisible by 2 x {odd[2]} proc'):
+            check(*odd)
 
 
 def test_losses_are_the_stated_reductions():

@@ -16,11 +16,12 @@ import pytest
 import torch
 
 import data
+import prepare
 import pretrain
 from audio.clips import open_clips
 from configurator import configure
 from engine import processes, saving
-from engine.errors import ConfigError, RunError
+from engine.errors import ConfigError, DataError, RunError
 from fast import kernels
 from scoring import monitor
 from tools import bench
@@ -72,6 +73,23 @@ def test_schedules():
     assert [pretrain.lr_at(step, s) for step in (0, 5, 10)] == [0.0, 0.5, 1.0]
     assert pretrain.lr_at(60, s) == pytest.approx(0.5) and pretrain.lr_at(110, s) == pytest.approx(0.0, abs=1e-12)
     assert [pretrain.ema_decay_at(step, s) for step in (0, 2, 4, 99)] == pytest.approx([0.5, 0.7, 0.9, 0.9])
+    s = settings('--lr=1.0', '--warmup_steps=0', '--max_steps=100')
+    assert [pretrain.lr_at(step, s) for step in (0, 50)] == pytest.approx([1.0, 0.5])
+
+
+def test_the_demo_is_made_where_it_is_missing(data_dir, tmp_path, monkeypatch):
+    made = []
+
+    def fake(argv):
+        made.append(argv)
+        shutil.copytree(os.path.join(data_dir, 'demo'), tmp_path / 'demo')
+    monkeypatch.setattr(prepare, 'run', fake)
+    process = processes.Process(0, 1, torch.device('cpu'))
+    for _ in range(2):                                                      # the second time it is there
+        assert len(pretrain.training_clips(settings('--dataset=demo', f'--data_dir={tmp_path}'), process)) > 100
+        assert made == [['demo', f'--out_dir={tmp_path}/demo', '--workers=0']]
+    with pytest.raises(DataError, match='noises'):                          # no other set is made
+        pretrain.training_clips(settings('--dataset=noises', f'--data_dir={tmp_path}'), process)
 
 
 def test_optimizer_decays_matrices_only_unless_told(capsys):
