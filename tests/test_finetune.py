@@ -77,6 +77,7 @@ def test_a_batch_is_cut_into_pairs():
         finetune.check(settings('--init=scratch', f'--batch_size={batch_size}', f'--accumulate={accumulate}'), world)
     for fits in ((1, 1, 1), (3, 1, 1), (4, 2, 1), (4, 1, 2), (8, 2, 2)):
         check(*fits)
+    finetune.check(settings('--init=scratch', '--lr=0.01', '--min_lr=0.01'), 1)         # equal, a constant rate
     for odd in ((6, 2, 1), (6, 1, 2), (12, 2, 2)):
         with pytest.raises(ConfigError, match=f'batch_size = {odd[0]} is not divisible by 2 x {odd[2]} proc'):
             check(*odd)
