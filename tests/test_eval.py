@@ -101,7 +101,7 @@ def test_accuracy_counts():
     logits, labels = np.eye(4)[[0, 1, 2, 3, 3]], np.eye(4)[[0, 1, 2, 2, 3]]
     result, rows = metrics(logits, labels, False)
     assert (result['right'], result['clips'], result['accuracy']) == (4, 5, 0.8) and rows[2] == (2, 0.5)
-    assert describe(result) == 'accuracy 80.0% (4 of 5)'
+    assert len(rows) == 4 and describe(result) == 'accuracy 80.0% (4 of 5)'
 
 
 def table(path):
