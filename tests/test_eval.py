@@ -100,8 +100,11 @@ def test_d_prime_of_a_perfect_ranking_is_finite():
 def test_accuracy_counts():
     logits, labels = np.eye(4)[[0, 1, 2, 3, 3]], np.eye(4)[[0, 1, 2, 2, 3]]
     result, rows = metrics(logits, labels, False)
-    assert (result['right'], result['clips'], result['accuracy']) == (4, 5, 0.8) and rows[2] == (2, 0.5)
-    assert len(rows) == 4 and describe(result) == 'accuracy 80.0% (4 of 5)'
+    assert (result['right'], result['clips'], result['accuracy']) == (4, 5, 0.8)
+    assert rows == [(1, 1.0), (1, 1.0), (2, 0.5), (1, 1.0)]
+    alone, other = metrics(logits[:1], labels[:1], False)[1][:2]            # all clips of one class, none of another
+    assert alone == (1, 1.0) and other[0] == 0 and math.isnan(other[1])
+    assert describe(result) == 'accuracy 80.0% (4 of 5)'
 
 
 def table(path):
