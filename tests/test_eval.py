@@ -1,4 +1,5 @@
 """Metrics against scikit-learn, probes, and every mode of eval.py.   python -m pytest tests/test_eval.py"""
+import contextlib
 import csv
 import json
 import math
@@ -25,10 +26,12 @@ from audio.files import named_files
 from checkpoints.opening import open_checkpoint
 from engine import processes
 from engine.errors import CheckpointError, DataError
+from model import ASDAConfig
 from scoring.metrics import NotFiniteError, describe, metrics, ranking_scores
 from scoring.probes import (
     PROBE_L2,
     effective_rank,
+    embeddings,
     features,
     fit_logistic,
     knn_accuracy,
@@ -126,6 +129,15 @@ def test_knn_is_scikit_learns_but_for_ties():
     np.testing.assert_allclose(np.floor(ours + 1e-3), theirs * 10, atol=1e-6)
     assert knn_accuracy(x, y, t, z) == pytest.approx((ours.argmax(1) == z).mean())
     assert knn_accuracy(x, y, x, y, k=1) == 1.0
+
+
+def test_accuracy_is_that_of_ten_neighbours():
+    """On labels that mean nothing, where nine or eleven say something else."""
+    rng = np.random.default_rng(0)
+    x, t = rng.standard_normal((400, 6)), rng.standard_normal((300, 6))
+    y, z = rng.integers(0, 3, 400), rng.integers(0, 3, 300)
+    by = {k: float((knn_scores(x, y, t, 3, k).argmax(axis=1) == z).mean()) for k in (9, 10, 11)}
+    assert knn_accuracy(x, y, t, z) == by[10] and by[10] not in (by[9], by[11])
 
 
 @pytest.mark.parametrize('strength', [1e-3, 1e-1])
@@ -744,6 +756,31 @@ def test_patches_that_float16_cannot_hold_are_not_written(pretrained, tmp_path):
     assert is_one_line_error(call(evaluation.run, f'--ckpt={tmp_path}/odd.pt', f'--wav={tmp_path}/a.wav',
                                   f'--embed={tmp_path}/x.npz'), 'odd.pt', 'float16')
     assert not os.path.exists(tmp_path / 'x.npz')
+
+
+@pytest.mark.parametrize('value, fits', [(65504, True), (-65504, True), (65600, False), (-65600, False)])
+def test_the_largest_number_of_float16_fits(data_dir, value, fits):
+    def encoder(spec):
+        return torch.full((len(spec), 33, 4), float(value))
+    encoder.config = ASDAConfig(n_embd=4, frames=64)
+    spectrum = {'frames': 64, 'window': 'hamming', 'mean': -6.0, 'std': 3.0, 'repeat': False}
+    arguments = (encoder, open_clips(['noises'], data_dir).select(np.arange(3)), spectrum,
+                 processes.Process(0, 1, torch.device('cpu')), contextlib.nullcontext)
+    if fits:
+        assert (embeddings(*arguments)[2] == value).all()
+        return
+    with pytest.raises(NotFiniteError, match='float16 cannot hold'):
+        embeddings(*arguments)
+
+
+def test_embeddings_that_take_too_much_memory_are_refused(pretrained, data_dir, tmp_path, monkeypatch):     # noqa: F811
+    """24 clips of 32 patches of 32 numbers in float32, and one byte less."""
+    assert evaluation.MAX_EMBEDDING_BYTES == 8 * 2 ** 30
+    argv = (f'--ckpt={pretrained}', '--dataset=noises', f'--data_dir={data_dir}', f'--embed={tmp_path}/x.npz')
+    monkeypatch.setattr(evaluation, 'MAX_EMBEDDING_BYTES', 24 * 32 * 32 * 4 - 1)
+    assert is_one_line_error(call(evaluation.run, *argv), 'patch embeddings of 24 clips')
+    monkeypatch.setattr(evaluation, 'MAX_EMBEDDING_BYTES', 24 * 32 * 32 * 4)
+    assert call(evaluation.run, *argv).code == 0
 
 
 @pytest.mark.parametrize('multi_label', [False, True])
