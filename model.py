@@ -252,9 +252,10 @@ class ASDA(nn.Module):
         spec (B, frames, n_mels); mask (B, n, P) bool, True = masked, n_kept(P, mask_ratio) False in every view, or else
         RuntimeError; noise (B * n, P, D) for the masked places, in the decoder's type, drawn from N(0, mask_noise^2) if
         not given.
-        frame, utterance: the two losses. target_std, pred_std: standard deviation over the masked patches, of the
-        predictions for each clip's first student only, mean over channels (0 = collapse). explained: 1 - squared error
-        / variance of the targets, over the masked patches.
+        frame, utterance: the two losses. Over the masked patches: explained, 1 - squared error / variance of the
+        targets; place, the share of that variance that the mean target of each place over the clips holds; content,
+        1 - error / the rest, what is known beyond the place (NaN for one clip). target_std, pred_std: standard
+        deviations, mean over channels (0 = collapse), the latter of each clip's first student.
         """
         B, n, P = mask.shape
         D, T = self.config.n_embd, n_kept(P, self.config.mask_ratio)
@@ -272,12 +273,14 @@ class ASDA(nn.Module):
         frame_loss = (error * mask).sum() / mask.sum() / math.sqrt(D)       # eq. (5), over the masked patches alone
         loss = frame_loss + self.config.alpha * self.config.utterance_scale * utterance_loss            # eq. (6)
         with torch.no_grad():
-            target_variance = masked_variance(target, mask.sum(dim=1))
-            prediction_variance = masked_variance(prediction[:, 0], mask[:, 0])
-            explained = 1 - frame_loss * math.sqrt(D) / target_variance.sum()
+            times, error = mask.sum(dim=1), frame_loss * math.sqrt(D)       # how often a place is masked (B, P)
+            variance, predicted = masked_variance(target, times), masked_variance(prediction[:, 0], mask[:, 0])
+            around_place = (target - target.mean(dim=0)).square().sum(dim=-1) * (B / (B - 1) if B > 1 else math.nan)
+            rest = (around_place * times).sum() / times.sum()               # B / (B - 1): unbiased
         return loss, {
-            'frame': frame_loss.detach(), 'utterance': utterance_loss.detach(), 'explained': explained,
-            'target_std': target_variance.sqrt().mean(), 'pred_std': prediction_variance.sqrt().mean()}
+            'frame': frame_loss.detach(), 'utterance': utterance_loss.detach(), 'content': 1 - error / rest,
+            'place': 1 - rest / variance.sum(), 'explained': 1 - error / variance.sum(),
+            'target_std': variance.sqrt().mean(), 'pred_std': predicted.sqrt().mean()}
 
 
 def pool(x, pooling):

@@ -229,7 +229,7 @@ def train(settings):
         places = range(process.rank * per_process, (process.rank + 1) * per_process)    # of the global batch
         batches = data.PretrainBatches(clips, config.frames, settings.batch_size, places, settings.seed,
                                        join=spectrum['repeat'])
-        evaluate = labelled and (lambda: knn(run, labelled, spectrum, autocast))
+        evaluate = labelled and (lambda: probes(run, labelled, spectrum, autocast))
 
         for step, batch in run.steps(batches):
             spec = data.log_mel(batch['pcm'], batch['lengths'], **spectrum)
@@ -255,8 +255,7 @@ def report(values, run):
     """The words of a step's line, and what the log is told beside the measures. Warns of a collapse, a teacher that
     gives every place the same target; ends the run if min_target_var says so.
 
-    Losses and the gradient are those of the whole batch; standard deviations and the explained share are means over its
-    parts.
+    Losses and the gradient are those of the whole batch; standard deviations and shares are means over its parts.
     """
     settings, step, variance = run.settings, values['step'] - 1, values['target_std'] ** 2
     values.update(lr=lr_at(step, settings), ema=ema_decay_at(step, settings))
@@ -267,15 +266,16 @@ def report(values, run):
     if variance < COLLAPSED:
         run.process.print(f'warning: the variance of the targets is {variance:.2g}, the teacher is collapsing: lower '
                           'lr or raise ema_start')
-    return f'loss {values["loss"]:.3f}  explained {values["explained"]:.1%}'
+    return (f'loss {values["loss"]:.3f}  content {values["content"]:.1%}  place {values["place"]:.1%}'
+            if math.isfinite(values['content']) else f'loss {values["loss"]:.3f}')
 
 
-def knn(run, labelled, spectrum, autocast):
-    """The kNN accuracy of the student's frozen features."""
+def probes(run, labelled, spectrum, autocast):
+    """What is read off the student's frozen features."""
     settings, encoder = run.settings, run.model.encoder
     scores = monitor(encoder, labelled, spectrum, run.process, autocast, settings.workers)
-    run.process.print(f'step {run.done:,}: kNN accuracy on {settings.eval_dataset} (chance {scores["chance"]:.1%}): '
-                      f'CLS {scores["knn_cls"]:.1%}, patches {scores["knn_patches"]:.1%}; '
+    run.process.print(f'step {run.done:,}: {settings.eval_dataset}: kNN {scores["knn_bands"]:.1%}, linear probe '
+                      f'{scores["probe_bands"]:.1%} (chance {scores["chance"]:.1%}); CLS: kNN {scores["knn_cls"]:.1%}, '
                       f'effective rank {scores["effective_rank"]:.1f} of {encoder.config.n_embd}')
     run.note(scores, **scores)
 

@@ -82,13 +82,13 @@ class Clips:
         stop = length if count is None else min(length, start + count)
         return np.asarray(self.opened[shard][offset + start:offset + stop])
 
-    def windows(self, samples, hop):
+    def windows(self, samples, hop, spare=16 * HOP_SAMPLES):
         """These clips cut into windows of so many samples, one every hop samples and the last at the clip's end.
 
-        A tail of less than one patch behind the last window is left out, unless hop is finer than that. -> Clips with
-        clip and start.
+        A tail of at most `spare` samples (a patch) behind the last window is left out, unless hop is finer than that.
+        -> Clips with clip and start.
         """
-        spare = 16 * HOP_SAMPLES if hop >= 16 * HOP_SAMPLES else 0
+        spare = spare if hop >= spare else 0
         counts = 1 + -(-np.maximum(self.length - samples - spare, 0) // hop)
         clip = np.repeat(np.arange(len(self)), counts)
         windows = self.select(clip)

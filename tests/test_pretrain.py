@@ -92,7 +92,8 @@ def test_a_run_logs_learns_and_can_be_read(straight):
     lines = log_of(straight)
     assert [line['step'] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert lines[-1]['loss'] < lines[0]['loss']
-    for key in ('loss', 'frame', 'utterance', 'target_std', 'pred_std', 'explained', 'grad_norm', 'lr', 'ema'):
+    for key in ('loss', 'frame', 'utterance', 'target_std', 'pred_std', 'explained', 'content', 'place', 'grad_norm',
+                'lr', 'ema'):
         assert all(key in line for line in lines)
     assert sorted(os.listdir(straight)) == ['ckpt.1.pt', 'ckpt.pt', 'log.jsonl']
     state = weights_of(straight)
@@ -459,7 +460,8 @@ def test_a_step_is_a_line_of_a_terminal(straight, data_dir, tmp_path):
                   f'--out_dir={tmp_path}/out')
     steps = [line for line in result.out.splitlines() if line.startswith('step ')]
     assert len(steps) == 4 and max(map(len, steps[:3])) <= 80
-    assert re.fullmatch(r'step 1/3  loss \d+\.\d{3}  explained -?\d+\.\d%  [\d,]+\.\d clips/s  \d+s left', steps[0])
+    assert re.fullmatch(r'step 1/3  loss \d+\.\d{3}  content -?\d+\.\d%  place -?\d+\.\d%  [\d,]+\.\d clips/s  '
+                        r'\d+s left', steps[0])
 
 
 def test_importing_the_stage_loads_neither_recipes_nor_decoders():
@@ -491,12 +493,12 @@ def test_bf16_follows_float32(data_dir, tmp_path):
 
 @pytest.mark.slow
 def test_bf16_follows_float32_to_the_end_of_the_demo(tmp_path):
-    """config/demo.py in both precisions: the same final kNN accuracy within two points, CLS and patches."""
+    """config/demo.py in both precisions: the same final kNN accuracy within two points, CLS and bands."""
     scores = []
     for dtype in ('float32', 'bfloat16'):
         result = script('pretrain.py', 'config/demo.py', f'--dtype={dtype}', f'--data_dir={tmp_path}/data',
                         '--device=cpu', f'--out_dir={tmp_path}/{dtype}', timeout=3000)
         assert result.returncode == 0, result.stderr
         scores.append(next(line for line in reversed(log_of(tmp_path / dtype)) if 'knn_cls' in line))
-    for name in ('knn_cls', 'knn_patches'):
+    for name in ('knn_cls', 'knn_bands'):
         assert scores[1][name] == pytest.approx(scores[0][name], abs=0.02), scores

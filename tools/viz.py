@@ -28,7 +28,8 @@ from engine.errors import CheckpointError, ConfigError, DataError
 from engine.files import replacing
 from engine.logs import whole_lines
 from model import ASDA, ASDAConfig
-from scoring.probes import over_clips
+from scoring.features import features
+from scoring.probes import standardised
 
 ckpt = ''               # the checkpoint
 wav = ''                # masks, maps: the sound, of which the first frames count
@@ -360,22 +361,14 @@ def draw_embeddings(settings, plt):
     chosen = np.random.default_rng(settings.seed).permutation(len(test))[:16 * settings.clips]
     test = test.select(np.sort(chosen))
     process = processes.start('cpu')
-    columns = loaded.config.n_mels // loaded.config.patch_size
-
-    def by_band(spec, lengths):
-        """Mean over time of the patches of a time step side by side."""
-        x = encoder(spec)[:, 1:]                                            # (B, P, D)
-        return x.view(len(x), -1, columns * x.shape[-1]).mean(dim=1),
-    encoder = loaded.encoder.eval()
-    (features,) = over_clips(by_band, test, loaded.spectrum, process, torch.no_grad)
-    features = (features - features.mean(axis=0)) / (features.std(axis=0) + 1e-6)
+    (found,) = standardised(features(loaded.encoder.eval(), test, loaded.spectrum, process, torch.no_grad))
     try:
         from sklearn.manifold import TSNE
         how, flat = 't-SNE', TSNE(perplexity=min(30, (len(test) - 1) / 3), random_state=settings.seed,
-                                  init='pca').fit_transform(features)
+                                  init='pca').fit_transform(found)
     except ImportError:
-        basis = np.linalg.svd(features, full_matrices=False)[2][:2]
-        how, flat = 'principal components', features @ basis.T
+        basis = np.linalg.svd(found, full_matrices=False)[2][:2]
+        how, flat = 'principal components', found @ basis.T
     figure, axis = plt.subplots(figsize=(NARROW, 4.6), layout='constrained')
     markers = 'os^vDP*X<>'
     for label, name in enumerate(test.classes):
