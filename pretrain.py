@@ -17,13 +17,13 @@ from torch.nn.parallel import DistributedDataParallel
 import configurator
 import data
 from audio import N_MELS, SAMPLE_RATE, WINDOWS
-from audio.clips import open_clips, read_meta
+from audio.clips import open_clips
 from engine import processes, randomness, ranges
 from engine import run as running
 from engine.errors import ROOT, ConfigError, RunError
 from fast import forms
 from model import ASDA, ASDAConfig, count_parameters, n_kept
-from scoring.monitor import labelled_clips, monitor
+from scoring.monitor import labelled_clips, watch, what_next
 
 out_dir = 'out/pretrain'        # checkpoints and log.jsonl go here
 resume = False                  # go on with the run in out_dir
@@ -37,6 +37,7 @@ norm_std = None                 # log-mel standard deviation; None: of the chose
 window = 'hamming'              # analysis window: hamming (paper) or hanning (authors' code)
 short_clips = 'pad'             # clips shorter than the input: pad with zeros, or join with other clips
                                 # until it is full
+init = ''                       # begin with this pre-trained checkpoint, ours or the authors', not at random
 seed = 1                        # decides on everything random
 max_steps = 400000              # updates
 batch_size = 48                 # clips of one update, over all processes and accumulated parts
@@ -136,8 +137,7 @@ def make_optimizer(model, settings, process):
                   f'{"decay too" if settings.decay_vectors else "do not"}')
     groups = [{'params': matrices, 'weight_decay': settings.weight_decay},
               {'params': vectors, 'weight_decay': settings.weight_decay if settings.decay_vectors else 0.0}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(settings.beta1, settings.beta2), eps=1e-8,
-                             fused=True)
+    return torch.optim.AdamW(groups, lr=0.0, betas=(settings.beta1, settings.beta2), eps=1e-8, fused=True)
 
 
 def training_clips(settings, process):
@@ -217,6 +217,9 @@ def train(settings):
 
         torch.manual_seed(settings.seed)
         model = ASDA(config).to(process.device)
+        if settings.init and not run.resuming:
+            from checkpoints.opening import begin_with
+            begin_with(model, settings.init)
         process.print(f'{count_parameters(model):,} trainable parameters; {config.grid[0]} x {config.grid[1]} patches, '
                       f'{n_kept(math.prod(config.grid), config.mask_ratio)} of them kept by each of '
                       f'{config.n_students} students')
@@ -229,9 +232,9 @@ def train(settings):
         places = range(process.rank * per_process, (process.rank + 1) * per_process)    # of the global batch
         batches = data.PretrainBatches(clips, config.frames, settings.batch_size, places, settings.seed,
                                        join=spectrum['repeat'])
-        evaluate = labelled and (lambda: probes(run, labelled, spectrum, autocast))
+        evaluate = labelled and (lambda: watch(run, labelled, spectrum, autocast))
 
-        for step, batch in run.steps(batches):
+        for step, batch in run.steps(batches, evaluate):
             spec = data.log_mel(batch['pcm'], batch['lengths'], **spectrum)
             mask = masks(settings, config, step, process.device)[places.start:places.stop]
             noise = mask_noise(settings, config, step, places, process.device)
@@ -240,7 +243,7 @@ def train(settings):
             model.update_teacher(ema_decay_at(step, settings))              # and the teacher follows: their EMA
             if run.finish(step, measures, evaluate):                        # log, monitor, save, each when it is due
                 return
-    process.print(f'done: {settings.out_dir}/ckpt.pt\n{settings_next(settings)}')
+    process.print(f'done: {settings.out_dir}/ckpt.pt\n{what_next(settings)}')
 
 
 def spectrum_of(clips, config, settings):
@@ -268,28 +271,6 @@ def report(values, run):
                           'lr or raise ema_start')
     return (f'loss {values["loss"]:.3f}  content {values["content"]:.1%}  place {values["place"]:.1%}'
             if math.isfinite(values['content']) else f'loss {values["loss"]:.3f}')
-
-
-def probes(run, labelled, spectrum, autocast):
-    """What is read off the student's frozen features."""
-    settings, encoder = run.settings, run.model.encoder
-    scores = monitor(encoder, labelled, spectrum, run.process, autocast, settings.workers)
-    run.process.print(f'step {run.done:,}: {settings.eval_dataset}: kNN {scores["knn_bands"]:.1%}, linear probe '
-                      f'{scores["probe_bands"]:.1%} (chance {scores["chance"]:.1%}); CLS: kNN {scores["knn_cls"]:.1%}, '
-                      f'effective rank {scores["effective_rank"]:.1f} of {encoder.config.n_embd}')
-    run.note(scores, **scores)
-
-
-def settings_next(settings):
-    """What to type next."""
-    name = settings.eval_dataset or configurator.words(settings.dataset)[0]
-    if not read_meta(os.path.join(settings.data_dir, name))['classes']:
-        return f'next:  python eval.py --ckpt={settings.out_dir}/ckpt.pt --dataset={name} --embed=embeddings.npz'
-    lines = [f'next:  python eval.py --ckpt={settings.out_dir}/ckpt.pt --dataset={name}      # kNN and linear probe']
-    config = f'config/finetune_{name}.py'
-    if os.path.exists(os.path.join(ROOT, config)):
-        lines.append(f'       python finetune.py {config} --ckpt={settings.out_dir}/ckpt.pt')
-    return '\n'.join(lines)
 
 
 def run(argv):

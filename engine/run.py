@@ -90,12 +90,14 @@ class Run:
             network.compile(**how)
         return network
 
-    def steps(self, batches):
-        """Yield (step, batch on the device) up to max_steps; the log begins."""
+    def steps(self, batches, evaluate=None):
+        """Yield (step, batch on the device) up to max_steps; the log begins. evaluate(): called before the first."""
         settings, process, self.batches = self.settings, self.process, batches
         self.log = self.closing.enter_context(contextlib.closing(
             logs.Log(settings.out_dir, process, self.first if self.resuming else None)))
         self.log.write(start=self.first, settings=vars(settings), **self.provenance, time=time.time())
+        if evaluate and not self.done:
+            evaluate()
         self.clock, self.late = logs.Clock(self.first, settings.max_steps), Late(process)
         items = range(self.first, settings.max_steps)
         reading = self.closing.enter_context(contextlib.closing(

@@ -37,7 +37,7 @@ from model import ASDA, ASDAConfig, Encoder
 from recipes import demo
 from scoring.features import features, log_mel_statistics
 from scoring.metrics import describe
-from scoring.monitor import labelled_clips, monitor
+from scoring.monitor import labelled_clips, watch
 from scoring.probes import effective_rank, knn_accuracy, knn_scores, linear_probe
 from tools import results
 
@@ -821,26 +821,40 @@ def test_the_seed_of_the_probe_draws_its_labels(sets, pretrained):
     assert len(keys) == 2
 
 
-def test_the_monitor_uses_the_statistics_of_its_own_set(sets):
+def test_the_monitor_uses_the_statistics_of_its_own_set(sets, monkeypatch):
     """Reference: kaldi.fbank normalised by the monitored set's training part; neighbours by a loop; the rank from the
     eigenvalues of the covariance."""
     torch.manual_seed(0)
     encoder = Encoder(ASDAConfig(n_layer=2, n_head=2, n_embd=32, frames=64, decoder_groups=4)).eval()
     train, valid = labelled_clips('noises', sets.root, 1, CPU)
     assert not set(train.keys()) & set(valid.keys())
-    found = monitor(encoder, (train, valid), {'frames': 64, 'window': 'hamming', 'repeat': False}, CPU,
-                    processes.autocast(CPU, 'float32')[0], 0)
     values = np.concatenate([kaldi_log_mel(sets.noises[key]) for key in train.keys()]).astype(np.float64)
-    encoded = []
+    said, noted = [], {}
+    run = types.SimpleNamespace(
+        settings=types.SimpleNamespace(eval_dataset='noises', workers=0), done=0, process=CPU,
+        model=types.SimpleNamespace(encoder=encoder), note=lambda scores, **logged: noted.update(logged))
+    monkeypatch.setattr(processes.Process, 'print', lambda self, text: said.append(text))
+    watch(run, (train, valid), {'frames': 64, 'window': 'hamming', 'repeat': False},
+          processes.autocast(CPU, 'float32')[0])
+    found, encoded = noted, []
+    mels = []
     for part in (train, valid):
+        mels.append([(kaldi_log_mel(sets.noises[key]) - values.mean()) / (2 * values.std()) for key in part.keys()])
         encoded.append(reference_features(encoder, [sets.noises[key] for key in part.keys()], values.mean(),
                                           values.std()))
     for pool in ('cls', 'bands'):
         right = right_by_knn(encoded[0][pool], train.label, encoded[1][pool], valid.label)
-        assert found[f'knn_{pool}'] == pytest.approx(right / len(valid))
+        assert found[{'cls': 'knn_cls', 'bands': 'knn'}[pool]] == pytest.approx(right / len(valid))
     right = scores_by_scikit_learn([encoded[0]['bands'], encoded[1]['bands'], encoded[1]['bands']],
                                    [train.label, valid.label, valid.label], [0.1])[0.1][1]
-    assert found['probe_bands'] == pytest.approx(right / len(valid))
+    assert found['probe'] == pytest.approx(right / len(valid))
+    x, t = (np.array([[*mel.mean(axis=0), *mel.std(axis=0)] for mel in part]) for part in mels)
+    assert found['noises_log_mel_knn'] == pytest.approx(right_by_knn(x, train.label, t, valid.label) / len(valid))
+    assert len(said) == 2 and 'log-mel' in said[0] and 'step 0' in said[1]
+    run.done = 5
+    watch(run, (train, valid), {'frames': 64, 'window': 'hamming', 'repeat': False},
+          processes.autocast(CPU, 'float32')[0])
+    assert len(said) == 3                                                   # the baseline does not change
     assert found['chance'] == pytest.approx(np.bincount(valid.label).max() / len(valid))
     assert found['effective_rank'] == pytest.approx(rank_by_eigenvalues(encoded[1]['cls']), rel=1e-2)
 

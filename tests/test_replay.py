@@ -293,7 +293,7 @@ def test_what_pretraining_says_of_its_features(sets, tmp_path):
     assert call(pretrain.run, *COMMON, *options({**PRETRAINING, **PRETRAIN}), '--dtype=float32', '--dataset=many',
                 '--eval_dataset=sounds', '--window=hanning', f'--data_dir={sets}',
                 f'--out_dir={tmp_path}').code == 0
-    (scores,) = log_of(tmp_path, 'knn_cls')
+    _, scores = log_of(tmp_path, 'knn_cls')         # of step 0 and the end
     clips = open_clips(['sounds'], sets)
     parts = carve_validation(clips, 0.3)
     waves = [[part.read(i) for i in range(len(part))] for part in parts]

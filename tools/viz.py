@@ -331,7 +331,7 @@ def draw_curves(settings, plt):
         raise ConfigError('name the logs to draw: --logs=out/a/log.jsonl,out/b/log.jsonl')
     runs = [read_log(path) for path in paths]
     panels = [('loss', ['loss']), ('share of the variance', ['explained', 'content']),
-              ('accuracy', ['knn_cls', 'knn_patches', 'knn', 'probe', 'valid accuracy', 'valid mAP'])]
+              ('accuracy', ['knn', 'probe', 'knn_cls', 'knn_patches', 'valid accuracy', 'valid mAP'])]
     panels = [panel for panel in panels if any(name in series for name in panel[1] for _, series, _ in runs)]
     figure, axes = plt.subplots(2, len(panels), figsize=(WIDE, 4.2), layout='constrained', squeeze=False)
     for run, (path, (_, series, seconds)) in enumerate(zip(paths, runs)):
