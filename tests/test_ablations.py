@@ -28,7 +28,8 @@ def how(data_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(processes.Stop, '__enter__', lambda self: self)     # signals are the main thread's alone
     monkeypatch.setattr(processes.Stop, '__exit__', lambda *_: None)
     return commands, ['--jobs=1', f'--config={tmp_path}/tiny.py', '--max_steps=3', '--warmup_steps=1',
-                      '--eval_dataset=noises', f'--data_dir={data_dir}', f'--out_dir={tmp_path}/runs', f'--json_file={tmp_path}/a.json']
+                      '--eval_dataset=noises', f'--data_dir={data_dir}', f'--out_dir={tmp_path}/runs',
+                      f'--json_file={tmp_path}/a.json']
 
 
 def test_a_table_is_made_once_from_what_the_logs_say(how, tmp_path):

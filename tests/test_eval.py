@@ -24,8 +24,10 @@ from audio.files import named_files
 from checkpoints.opening import open_checkpoint
 from engine import processes
 from engine.errors import CheckpointError, DataError
+from scoring import probes
 from scoring.features import POOLS, features, log_mel_statistics, predict, real_frames, states, width
 from scoring.metrics import NotFiniteError, describe, metrics, ranking_scores
+from scoring.outputs import write_arrays
 from scoring.probes import PROBE_L2, effective_rank, fit_logistic, knn_accuracy, knn_scores, linear_probe, standardised
 
 from .conftest import ROOT, SHARED, call, is_one_line_error, needs_shared, script, write_wav
@@ -108,6 +110,59 @@ def test_knn_is_scikit_learns_but_for_ties():
     scaled = x * np.array([1000] + [1] * 9), t * np.array([1000] + [1] * 9)
     np.testing.assert_allclose(np.concatenate(standardised(*scaled)), np.concatenate(standardised(x, t)), atol=1e-3)
     assert knn_accuracy(x, y, x, y, k=1) == 1.0
+
+
+def test_neighbours_and_probe_work_in_blocks(monkeypatch):
+    """The same numbers as in one block; no similarity matrix and no copy of features is larger than one."""
+    (x, y), (v, w), (t, _) = blobs(0, 300), blobs(1, 100), blobs(2, 500)
+    want = knn_scores(x, y, t, 4), linear_probe((x, np.eye(4)[y]), (v, np.eye(4)[w]), t, False)
+    sizes = []
+
+    def seen(name, plain):
+        def call_of(self, *args, **how):
+            sizes.append(self.numel())
+            return plain(self, *args, **how)
+        monkeypatch.setattr(torch.Tensor, name, call_of)
+    seen('topk', torch.Tensor.topk)
+    seen('double', torch.Tensor.double)
+    monkeypatch.setattr(probes, 'BLOCK', 1000)
+    got = knn_scores(x, y, t, 4), linear_probe((x, np.eye(4)[y]), (v, np.eye(4)[w]), t, False)
+    np.testing.assert_array_equal(got[0], want[0])
+    np.testing.assert_allclose(got[1][0], want[1][0], atol=1e-5)
+    assert got[1][1] == want[1][1] and 500 < max(sizes) <= 1000
+
+
+def test_embeddings_are_written_a_batch_at_a_time(tmp_path):
+    """Nothing is asked of the batches ahead; a failure on the way leaves the file that was there and nothing else."""
+    (tmp_path / 'x.npz').write_bytes(b'before')
+    asked = []
+
+    def batches(fail):
+        for k in range(4):
+            asked.append(k)
+            if fail and k == 2:
+                raise NotFiniteError('x')
+            yield np.arange(3) + 3 * k, {'bands': np.full((3, 5), float(k)), 'patches': np.full((3, 2, 2), k / 3)}
+    shapes = {'bands': ((12, 5), np.float32), 'patches': ((12, 2, 2), np.float16)}
+    with pytest.raises(NotFiniteError):
+        write_arrays(f'{tmp_path}/x.npz', shapes, batches(True), {'names': np.array(['a'] * 12)}, True)
+    assert os.listdir(tmp_path) == ['x.npz'] and (tmp_path / 'x.npz').read_bytes() == b'before' and asked == [0, 1, 2]
+    write_arrays(f'{tmp_path}/x.npz', shapes, batches(False), {'names': np.array(['a'] * 12)}, True)
+    assert os.listdir(tmp_path) == ['x.npz']
+    with np.load(tmp_path / 'x.npz') as stored:
+        assert stored['bands'].dtype == np.float32 and stored['patches'].dtype == np.float16
+        np.testing.assert_array_equal(stored['bands'][:, 0], np.arange(12) // 3)
+        assert stored['names'].shape == (12,)
+    write_arrays(f'{tmp_path}/of_another_rank.npz', shapes, batches(False), {}, False)
+    assert os.listdir(tmp_path) == ['x.npz']
+
+
+def test_features_that_no_memory_holds_are_refused(pretrained, data_dir, monkeypatch):       # noqa: F811
+    monkeypatch.setattr(evaluation, 'MAX_FEATURE_BYTES', 100 * 512 * 4)
+    result = call(evaluation.run, f'--ckpt={pretrained}', '--dataset=demo', f'--data_dir={data_dir}')
+    assert is_one_line_error(result, 'pool = bands', '--pool=mean')
+    assert call(evaluation.run, f'--ckpt={pretrained}', '--dataset=demo', f'--data_dir={data_dir}',
+                '--pool=mean').code == 0
 
 
 @pytest.mark.parametrize('strength', [1e-3, 1e-1])
@@ -430,6 +485,10 @@ def test_a_damaged_real_file_is_named(straight, tmp_path):                      
     (['--ckpt={tuned}', '--csv_file={tmp}/x.csv'], ['x.csv', 'folder']),
     (['--ckpt={pretrained}', '--dataset=noises', '--csv_file=x.csv'], ['csv_file']),
     (['--ckpt={pretrained}', '--dataset=noises', '--embed=y.npz', '--csv_file=x.csv'], ['csv_file']),
+    (['--ckpt={pretrained}', '--dataset=noises', '--pool=x'], ['pool', 'bands']),
+    (['--ckpt={pretrained}', '--dataset=noises', '--pool=cls,cls'], ['pool', 'once']),
+    (['--ckpt={pretrained}', '--dataset=noises', '--pool='], ['pool']),
+    (['--ckpt={pretrained}', '--dataset=noises', '--layer=3'], ['layer', '2 blocks']),
     (['--ckpt={tuned}', '--wav={tmp}/short.wav', '--max_minutes=0'], ['max_minutes']),
     (['--ckpt={tuned}', '--wav={tmp}/x.csv'], ['x.csv holds no audio file']),
     (['--ckpt={tuned}', '--wav={tmp}/short.wav'], ['short.wav', 'shorter than one window'])])
