@@ -1,7 +1,8 @@
 """ASDA's network: differential attention, encoder, decoder, students and teacher with their losses, classifier.
 
 Wang et al., "ASDA: Audio Spectrogram Differential Attention Mechanism for Self-Supervised Representation Learning",
-Interspeech 2025, arXiv 2507.02666. Equations and sections are the paper's. `python model.py` prints parameter counts.
+Interspeech 2025, arXiv 2507.02666. Equations and sections are the paper's. `python model.py` prints it: parts,
+parameters, operations, shapes.
 
 This file imports PyTorch alone: it must not know audio, files, processes or kernels; `fast` replaces what has a faster
 form. Shapes: B clips, n students (views) of each, P patches of a clip on a (P/8, 8) grid of time x frequency, T kept
@@ -321,7 +322,5 @@ def count_parameters(module):           # trainable ones
 
 
 if __name__ == '__main__':
-    base = ASDAConfig()
-    print(f'{base}\ntrainable in pre-training: {count_parameters(ASDA(base)):,}')
-    print('classifier with 527 classes: '
-          f'{count_parameters(Classifier(dataclasses.replace(base, drop_path=0.1), 527)):,}')
+    from tools import describe  # with all that this file must not know
+    describe.main()
