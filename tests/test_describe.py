@@ -70,7 +70,8 @@ def test_the_shapes_are_those_of_the_forward_pass():
     for line in ('spec (1, 64, 128): clips', 'mask (1, 3, 32): clips, students, patches; 6 of 32 are False',
                  'teacher.patch_embed (1, 1, 64, 128) -> (1, 32, 4, 8)', 'teacher (1, 64, 128) -> (1, 33, 32)',
                  'targets (1, 64, 128) -> (1, 32, 32), (1, 32)', 'encoder.norm (3, 7, 32) -> (3, 7, 32)',
-                 'encoder.blocks.0.attn.qk (3, 7, 32) -> (3, 7, 128)', 'encoder.blocks.0.mlp.0 (3, 7, 32) -> (3, 7, 112)',
+                 'encoder.blocks.0.attn.qk (3, 7, 32) -> (3, 7, 128)',
+                 'encoder.blocks.0.mlp.0 (3, 7, 32) -> (3, 7, 112)',
                  'encoder (1, 64, 128), (3, 6) -> (3, 7, 32)', 'decoder.convs.0 (3, 32, 4, 8) -> (3, 32, 4, 8)',
                  'decoder (3, 6, 32), (3, 6), (3, 32, 32) -> (3, 32, 32)'):
         assert line in re.sub(' +', ' ', text), line
@@ -86,7 +87,7 @@ def test_model_py_is_that_command_from_any_folder(tmp_path):
 @pytest.mark.parametrize('argv, words', [
     (['--n_heads=3'], ['n_heads', 'n_head']), (['--n_head=7'], ['n_embd', 'n_head']), (['--config='], ['config file']),
     (['--config=/nonexistent.py'], ['/nonexistent.py']), (['--frames=63'], ['frames']), (['--device=tpu'], ['tpu']),
-    (['--config', os.path.join(ROOT, 'config/finetune_demo.py')], ['finetune'])], ids=str)
+    (['--config', os.path.join(ROOT, 'config/finetune_demo.py')], ['checkpoint'])], ids=str)
 def test_a_mistake_is_one_line(argv, words):
     assert is_one_line_error(call(describe.run, *argv), *words)
 

@@ -15,7 +15,7 @@ import configurator
 import data
 import pretrain
 from engine import processes, randomness
-from engine.errors import ROOT, RunError
+from engine.errors import ROOT, ConfigError, RunError
 from model import ASDA, Classifier, count_parameters, n_kept
 
 MODEL = (os.path.join(ROOT, 'model.py'), 'ASDAConfig')
@@ -129,8 +129,12 @@ def show_forward(config, seed, device):
 def run(argv):
     if {'-h', '--help'} & set(argv):
         print(__doc__)
-    files = [word.removeprefix('--config=') for word in argv if word != '--config']
-    settings = configurator.configure(pretrain.__file__, files, MODEL)
+    argv = [word.removeprefix('--config=') for word in argv if word != '--config']
+    for word in argv:
+        if os.path.basename(word).startswith('finetune'):
+            raise ConfigError(f'{word} is of fine-tuning, which has its network from a checkpoint: name a config file '
+                              'of pretrain.py')
+    settings = configurator.configure(pretrain.__file__, argv, MODEL)
     process = processes.start(settings.device, settings.threads)
     config = pretrain.model_config(settings)
     print(config)
