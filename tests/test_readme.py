@@ -16,7 +16,8 @@ import pretrain
 
 from .conftest import ROOT, TINY, call, write_wav
 
-PAGES = ['README.md', *(f'docs/{page}.md' for page in 'datasets results ablations scaling paper_and_code'.split())]
+PAGES = ['README.md', *(f'docs/{page}.md' for page in
+                        'datasets results ablations scaling paper_and_code walkthrough'.split())]
 
 
 def read(path):
