@@ -1,7 +1,8 @@
 """ASDA's network: differential attention, encoder, decoder, students and teacher with their losses, classifier.
 
 Wang et al., "ASDA: Audio Spectrogram Differential Attention Mechanism for Self-Supervised Representation Learning",
-Interspeech 2025, arXiv 2507.02666. Equations and sections are the paper's. `python model.py` prints parameter counts.
+Interspeech 2025, arXiv 2507.02666. Equations and sections are the paper's. `python model.py` prints it: parts,
+parameters, operations, shapes.
 
 This file imports PyTorch alone: it must not know audio, files, processes or kernels; `fast` replaces what has a faster
 form. Shapes: B clips, n students (views) of each, P patches of a clip on a (P/8, 8) grid of time x frequency, T kept
@@ -25,6 +26,7 @@ class ASDAConfig:
     diff_lambda: float = 0.3            # weight of the second attention map (Table 3); 0: plain attention, no Q2 and K2
     head_norm: str = 'per_head'         # the attention's LayerNorm: per_head (eq. 3), all (authors' code), none (EAT)
     attn_scale: float = 1.0             # factor on the attention's result after that LayerNorm; authors' code: 0.95
+    pos_scale: float = 1.0              # factor on the positions against the patches; the paper does not say
     pos_embed: str = '1d'               # fixed sine-cosine positions: 1d over the patch index, 2d over (time, mel)
     n_mels: int = 128                   # mel bands of the spectrogram
     patch_size: int = 16                # frames and mel bands of one square patch
@@ -155,7 +157,7 @@ class Encoder(nn.Module):
     def embed(self, spec):
         """(B, frames, n_mels) -> (B, P, D): patches in time-major order (t * columns + f) with their positions."""
         x = self.patch_embed(spec[:, None]).flatten(2).transpose(1, 2)
-        return x + self.positions[:x.shape[1]]
+        return x + self.config.pos_scale * self.positions[:x.shape[1]]
 
     def forward(self, spec, keep=None, draws=None, layers=False):
         """Encode whole clips, or the kept patches of views of them.
@@ -324,7 +326,5 @@ def count_parameters(module):           # trainable ones
 
 
 if __name__ == '__main__':
-    base = ASDAConfig()
-    print(f'{base}\ntrainable in pre-training: {count_parameters(ASDA(base)):,}')
-    print('classifier with 527 classes: '
-          f'{count_parameters(Classifier(dataclasses.replace(base, drop_path=0.1), 527)):,}')
+    from tools import describe  # with all that this file must not know
+    describe.main()

@@ -57,6 +57,7 @@ max_bad_steps = 10              # updates in a row with a loss or gradient that 
 eval_dataset = ''               # a prepared labelled set for the kNN accuracy, of 2,000 clips at most; '': none
 eval_interval = 1000            # updates between two such evaluations; 0: at the end only
 log_interval = 10               # updates between two lines of the log
+loggers = ''                    # beside log.jsonl: tensorboard, wandb or both, separated by commas
 save_interval = 1000            # updates between two checkpoints
 keep = 2                        # checkpoints to keep
 device = 'auto'                 # cuda, mps or cpu; auto: the best there is
@@ -75,7 +76,7 @@ other_data = False              # go on although the data are not those that the
 # Settings that may differ when a run goes on, since they do not change its numbers.
 FREE_SETTINGS = ('out_dir', 'resume', 'overwrite', 'other_data', 'min_target_var', 'max_bad_steps', 'data_dir',
                  'eval_dataset', 'eval_interval', 'log_interval', 'save_interval', 'keep', 'workers', 'accumulate',
-                 'kernels')
+                 'kernels', 'loggers')
 COMPILE_MODES = {'default': False, 'reduce-overhead': True, 'max-autotune-no-cudagraphs': False,
                  'max-autotune': True}                      # whether they record CUDA graphs
 COLLAPSED = 0.05                # a variance of the targets, 1 when all is well, that deserves a warning

@@ -15,8 +15,8 @@ from fast import forms
 from model import ASDA, ASDAConfig, Classifier
 
 # What an encoder computes beside what its weights' shapes say.
-ENCODES = ('n_layer', 'n_embd', 'n_head', 'diff_lambda', 'head_norm', 'attn_scale', 'pos_embed', 'patch_size', 'n_mels',
-           'cls_position', 'decoder_layers', 'decoder_groups')
+ENCODES = ('n_layer', 'n_embd', 'n_head', 'diff_lambda', 'head_norm', 'attn_scale', 'pos_embed', 'pos_scale',
+           'patch_size', 'n_mels', 'cls_position', 'decoder_layers', 'decoder_groups')
 
 
 @dataclass

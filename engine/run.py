@@ -22,7 +22,7 @@ import time
 import torch
 
 import configurator
-from engine import logs, processes, saving
+from engine import loggers, logs, processes, saving
 from engine.errors import ConfigError, RunError
 from engine.files import locked
 from engine.loading import loader
@@ -96,6 +96,7 @@ class Run:
         self.log = self.closing.enter_context(contextlib.closing(
             logs.Log(settings.out_dir, process, self.first if self.resuming else None)))
         self.log.write(start=self.first, settings=vars(settings), **self.provenance, time=time.time())
+        self.log.share(configurator.words(settings.loggers), vars(settings), process.print)
         if evaluate and not self.done:
             evaluate()
         self.clock, self.late = logs.Clock(self.first, settings.max_steps), Late(process)
@@ -190,6 +191,7 @@ def check(settings, world, ranges, parts=1, **choices):
     """Raise ConfigError for what no run can do. parts: what batch_size must be a multiple of, beside the processes and
     accumulated parts, if there are several; choices: {name: allowed values}."""
     configurator.check_ranges(settings, **ranges)
+    loggers.check(configurator.words(settings.loggers))
     divisor = world * settings.accumulate
     if divisor > 1 and settings.batch_size % (divisor * parts):
         raise ConfigError(f'batch_size = {settings.batch_size} is not divisible by {f"{parts} x " if parts > 1 else ""}'
