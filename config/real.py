@@ -4,7 +4,7 @@ ESC-10, with what is tested left out.
     python pretrain.py config/real.py
     python pretrain.py config/real.py --dataset=wakewords,fsdd,esc10        # 2.9 hours of them, which results need
 
-docs/datasets.md says how to get and prepare the sets. What it costs: 6,000 updates of 32 clips x 4 students. Time: 40
+docs/datasets.md says how to get and prepare the sets. What it costs: 3,500 updates of 32 clips x 4 students. Time: 40
 minutes on one CPU core. What to expect: the README's results. How the recipe was found: docs/recipe.md.
 """
 include('demo.py')
@@ -18,7 +18,7 @@ pos_embed = '2d'                        # carries over to longer inputs
 pos_scale = 0.3                         # else the places explain three quarters of the targets
 mask_block = 1                          # scattered patches: a grid of 8 x 8 has no room for blocks
 n_students = 4
-max_steps = 6000
+max_steps = 3500
 warmup_steps = 200
 ema_start, ema_end, ema_steps = 0.998, 0.9998, max_steps
 eval_interval = 1000
