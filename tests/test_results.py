@@ -130,7 +130,7 @@ def test_probes_are_told_what_the_task_says(tmp_path, monkeypatch):
         'CLS': {'kNN': {'accuracy': 0.5, 'right': len(commands), 'clips': 2}}})
     found = results.probes(types.SimpleNamespace(ckpt='x.pt', data_dir='sets', seeds=2), 'digits')
     assert [set(command) for command in commands] == [
-        {'--ckpt=x.pt', '--dataset=digits', '--data_dir=sets', '--fold=theo', '--labels_per_class=7', '--frames=96',
+        {'--ckpt=x.pt', '--dataset=digits', '--data_dir=sets', '--fold=theo', '--labels_per_class=7', '--pool=bands',
          f'--seed={seed}', '--device=cpu'} for seed in (1, 2)]
     assert list(found) == ['kNN, CLS'] and [score['right'] for score in found['kNN, CLS']] == [1, 2]
     assert [score['command'] for score in found['kNN, CLS']] == [['eval.py', *command] for command in commands]
