@@ -1,6 +1,7 @@
 """Metrics against scikit-learn, probes, and every mode of eval.py.   python -m pytest tests/test_eval.py"""
 import csv
 import json
+import math
 import os
 import pickle
 import shutil
@@ -81,11 +82,19 @@ def test_map_leaves_out_classes_without_a_positive():
     assert result['d_prime'] == pytest.approx(2 ** 0.5 * NormalDist().inv_cdf(area))
 
 
+def test_d_prime_of_a_perfect_ranking_is_finite():
+    """And of the worst: the quantile of 1 - 1e-9, and of 1e-9; of a half it is 0."""
+    targets = np.eye(2)[[0, 1, 0, 1]]
+    for logits, area in ((targets, 1 - 1e-9), (-targets, 1e-9), (np.ones((4, 2)), 0.5)):
+        wanted = math.sqrt(2) * NormalDist().inv_cdf(area)
+        assert metrics(logits, targets, True)[0]['d_prime'] == pytest.approx(wanted, rel=1e-6, abs=1e-9)
+
+
 def test_accuracy_counts():
     logits, labels = np.eye(4)[[0, 1, 2, 3, 3]], np.eye(4)[[0, 1, 2, 2, 3]]
     result, rows = metrics(logits, labels, False)
     assert (result['right'], result['clips'], result['accuracy']) == (4, 5, 0.8) and rows[2] == (2, 0.5)
-    assert describe(result) == 'accuracy 80.0% (4 of 5)'
+    assert len(rows) == 4 and describe(result) == 'accuracy 80.0% (4 of 5)'
 
 
 def table(path):

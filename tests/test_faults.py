@@ -35,7 +35,7 @@ from .conftest import ROOT, call, is_one_line_error, script
 from .test_finetune import RUN as FINETUNE
 from .test_finetune import pretrained  # noqa: F401  (a fixture)
 from .test_prepare import audio_file, contents, noises, write_tree
-from .test_pretrain import RUN, log_of, same_state, weights_of
+from .test_pretrain import RUN, log_of, same_state, settings, weights_of
 
 LONG = [*RUN, '--max_steps=40', '--save_interval=1', '--threads=1']  # half of its time goes into writing checkpoints
 
@@ -76,15 +76,15 @@ def resumed_in_the_middle(run, straight, out):
 @pytest.mark.parametrize('stage', ['pretrain', 'finetune'])
 @pytest.mark.parametrize('how', ['accumulated', 'two processes'])
 def test_exact_resume(stage, how, pretrained, data_dir, tmp_path):  # noqa: F811
-    base = [
-        f'{stage}.py',
-        *(RUN if stage == 'pretrain' else [*FINETUNE, f'--ckpt={pretrained}']),
-        f'--data_dir={data_dir}',
-    ]
+    base = [*(RUN if stage == 'pretrain' else [*FINETUNE, f'--ckpt={pretrained}']), f'--data_dir={data_dir}']
 
     def run(out, *more):
-        command = [*base, f'--out_dir={out}', *more, *(['--accumulate=2'] if how == 'accumulated' else [])]
-        result = script(*(torchrun(*command) if how == 'two processes' else command))
+        if how == 'accumulated':
+            result = call({'pretrain': pretrain, 'finetune': finetune}[stage].run, *base, f'--out_dir={out}', *more,
+                          '--accumulate=2')
+            assert result.code == 0, result.err
+            return
+        result = script(*torchrun(f'{stage}.py', *base, f'--out_dir={out}', *more))
         assert result.returncode == 0, result.stderr
 
     run(tmp_path / 'straight')
@@ -100,8 +100,8 @@ def test_resuming_with_another_number_of_processes(data_dir, tmp_path):
     assert result.returncode == 0 and 'warning: changed' not in result.stdout, result.stderr
     for ours, theirs in zip(log_of(tmp_path / 'two'), log_of(tmp_path / 'one'), strict=True):
         assert ours['loss'] == pytest.approx(theirs['loss'], rel=1e-5)
-    odd = script(*torchrun('pretrain.py', *base, f'--out_dir={tmp_path}/two', '--resume', '--batch_size=7'))
-    assert odd.returncode != 0 and 'batch_size = 7 is not divisible by 2 processes' in odd.stderr
+    with pytest.raises(ConfigError, match='batch_size = 7 is not divisible by 2 processes'):
+        pretrain.check(settings(*base, '--batch_size=7'), 2)
 
 
 # ------------------------------------------------------------------------------------------------ killed and stopped

@@ -1,5 +1,6 @@
 """Fine-tuning: losses, layer-wise rates, the whole run from every kind of checkpoint.
    python -m pytest tests/test_finetune.py"""
+import contextlib
 import json
 import math
 import os
@@ -14,7 +15,9 @@ import torch.nn.functional as F
 import eval as evaluation
 import finetune
 import pretrain
+from audio.clips import open_clips
 from configurator import configure
+from data import FinetuneBatches
 from engine import processes, saving
 from engine.errors import ConfigError
 from model import ASDAConfig, Classifier
@@ -64,6 +67,20 @@ def test_layerwise_rates_and_decay():
 def test_schedule():
     s = settings('--lr=1.0', '--min_lr=0.1', '--warmup_steps=10', '--max_steps=110')
     assert [finetune.lr_at(step, s) for step in (0, 5, 10, 60, 110)] == pytest.approx([0.1, 0.55, 1.0, 0.55, 0.1])
+    s = settings('--lr=1.0', '--min_lr=0.1', '--warmup_steps=0', '--max_steps=100')
+    assert [finetune.lr_at(step, s) for step in (0, 50)] == pytest.approx([1.0, 0.55])
+
+
+def test_a_batch_is_cut_into_pairs():
+    """Of a place and its partner in mixup, where there are several processes or parts."""
+    def check(batch_size, accumulate, world):
+        finetune.check(settings('--init=scratch', f'--batch_size={batch_size}', f'--accumulate={accumulate}'), world)
+    for fits in ((1, 1, 1), (3, 1, 1), (4, 2, 1), (4, 1, 2), (8, 2, 2)):
+        check(*fits)
+    finetune.check(settings('--init=scratch', '--lr=0.01', '--min_lr=0.01'), 1)         # equal, a constant rate
+    for odd in ((6, 2, 1), (6, 1, 2), (12, 2, 2)):
+        with pytest.raises(ConfigError, match=f'batch_size = {odd[0]} is not divisible by 2 x {odd[2]} proc'):
+            check(*odd)
 
 
 def test_losses_are_the_stated_reductions():
@@ -246,6 +263,58 @@ def test_all_folds_report_each_mean_and_spread(data_dir, pretrained, tmp_path):
                    if 'test' in line][0]['test']['last']['accuracy'] for fold in 'xy']
     assert (f'mean {np.mean(accuracies):.1%}, standard deviation {np.std(accuracies, ddof=1):.1%}'
             in result.out.splitlines()[-1])
+
+
+@pytest.mark.parametrize('values, mean, spread', [({'x': 0.5, 'y': 0.7, 'z': 0.9}, '70.0%', '20.0%'),
+                                                  ({'x': 0.5}, '50.0%', '0.0%')])
+def test_the_spread_over_folds_is_that_of_a_sample(monkeypatch, capsys, values, mean, spread):
+    monkeypatch.setattr(finetune, 'read_meta', lambda _: {'folds': list(values)})
+    monkeypatch.setattr(finetune, 'train', lambda given, *_: {
+        'best': {'accuracy': values[given.fold]}, 'last': {'accuracy': values[given.fold] / 2}})
+    finetune.train_folds(settings('--fold=all'), processes.Process(0, 1, torch.device('cpu')),
+                         types.SimpleNamespace(agreed_now=lambda: False))
+    best, last = capsys.readouterr().out.splitlines()[-2:]
+    shown = ', '.join(f'fold {name} {value:.1%}' for name, value in values.items())
+    assert best == f'best checkpoints: {shown}; mean {mean}, standard deviation {spread}'
+    assert last.startswith(f'last checkpoints: fold x 25.0%{"," if len(values) > 1 else ";"}')
+
+
+@pytest.mark.parametrize('argv, wanted', [
+    ([], {'x': (False, False), 'y': (False, False), 'z': (False, False)}),
+    (['--overwrite'], {'x': (False, True), 'y': (False, True), 'z': (False, True)}),
+    (['--resume'], {'x': (True, False), 'y': (True, False), 'z': (False, True)})])
+def test_folds_go_on_where_they_were_begun(monkeypatch, tmp_path, capsys, argv, wanted):
+    """x has its last checkpoint, y only the one before, z none; after z a signal has come."""
+    for fold, file in (('x', 'ckpt.pt'), ('y', 'ckpt.1.pt')):
+        (tmp_path / f'fold-{fold}').mkdir()
+        (tmp_path / f'fold-{fold}' / file).touch()
+    seen = {}
+
+    def train(given, *_):
+        assert given.out_dir == str(tmp_path / f'fold-{given.fold}')
+        seen[given.fold] = given.resume, given.overwrite
+        return {'last': {'accuracy': 0.5}}
+    monkeypatch.setattr(finetune, 'read_meta', lambda _: {'folds': [*'xyzw']})
+    monkeypatch.setattr(finetune, 'train', train)
+    result = finetune.train_folds(settings('--fold=all', f'--out_dir={tmp_path}', *argv),
+                                  processes.Process(0, 1, torch.device('cpu')),
+                                  types.SimpleNamespace(agreed_now=lambda: len(seen) == 3))
+    assert result is None and seen == wanted and 'stopped before fold w; to go on' in capsys.readouterr().out
+
+
+def test_a_batch_of_an_odd_number_is_not_cut(data_dir):
+    """In one part, on one process: the clip in the middle is mixed with itself, and counts."""
+    clips = open_clips(['noises'], data_dir)
+    batch = FinetuneBatches(clips, 64, 3, range(3), 1, n_layer=2)[0]
+    seen = []
+
+    def network(spec, draws):
+        seen.append((len(spec), len(draws)))
+        return spec.mean(dim=(1, 2))[:, None] * torch.ones(2, requires_grad=True)
+    spectrum = {'frames': 64, 'window': 'hamming', 'mean': -6.0, 'std': 3.0}
+    loss = finetune.forward_backward(network, batch, spectrum, settings('--batch_size=3'), False,
+                                     processes.Process(0, 1, torch.device('cpu')), contextlib.nullcontext)
+    assert seen == [(3, 3)] and loss.item() == pytest.approx(math.log(2), rel=1e-5)         # two equal logits
 
 
 def as_multi_label(folder):

@@ -3,6 +3,7 @@ import copy
 import dataclasses
 import math
 import os
+import runpy
 import weakref
 
 import numpy as np
@@ -44,10 +45,29 @@ def small_batch(config, clips=2, seed=0):
     return spec, mask, noise
 
 
+def test_the_default_is_the_base_model():
+    """Its sizes and the method's numbers as the paper has them, and as the authors' code where it is silent."""
+    assert dataclasses.asdict(ASDAConfig()) == {
+        'n_layer': 12, 'n_head': 8, 'n_embd': 768, 'ffn_ratio': 3.5, 'diff_lambda': 0.3, 'head_norm': 'per_head',
+        'attn_scale': 1.0, 'pos_embed': '1d', 'n_mels': 128, 'patch_size': 16, 'frames': 1008, 'decoder_layers': 6,
+        'decoder_groups': 16, 'mask_ratio': 0.8, 'mask_block': 5, 'mask_adjust': 0.07, 'mask_noise': 0.01,
+        'n_students': 16, 'alpha': 0.5, 'utterance_scale': 1.0, 'utterance_target': 'normed', 'target_layers': 0,
+        'cls_position': 'head', 'pooling': 'cls', 'drop_path': 0.0}
+
+
 def test_parameter_counts():
     with torch.device('meta'):
         assert count_parameters(ASDA(ASDAConfig())) == 94_950_144          # the authors' own model, counted
         assert abs(count_parameters(Classifier(ASDAConfig(), 527)) / 1e6 - 93) < 0.5
+
+
+def test_the_file_prints_the_counts(capsys):
+    with torch.device('meta'):
+        runpy.run_path(model_module.__file__, run_name='__main__')
+        classifier = count_parameters(Classifier(ASDAConfig(), 527))
+    said = capsys.readouterr().out
+    assert 'trainable in pre-training: 94,950,144\n' in said
+    assert said.endswith(f'classifier with 527 classes: {classifier:,}\n')
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
@@ -247,7 +267,10 @@ def test_initial_values():
     assert abs(float(encoder.cls.std()) - 1) < 0.1
     bound = math.sqrt(6 / (256 + 768))                                      # Xavier on the flattened weight
     assert abs(float(encoder.patch_embed.weight.abs().max()) - bound) < 1e-4
-    assert float(encoder.patch_embed.bias.abs().max()) <= 1 / 16
+    bias = encoder.patch_embed.bias                                         # 768 numbers from U(-1/16, 1/16)
+    assert -1 / 16 <= float(bias.min()) < -0.06 and 0.06 < float(bias.max()) <= 1 / 16
+    model = Classifier(ASDAConfig(n_layer=1), 527)
+    assert abs(float(model.head.weight.std()) - 0.02) < 1e-4 and not model.head.bias.any()
 
 
 @pytest.mark.parametrize('changes, message', [
@@ -304,7 +327,7 @@ def plain_targets(model, spec, raw=False):
     """Section 4 of the method, patch by patch, in float64."""
     _, outputs = model.teacher(spec, layers=True)
     normed = []
-    for t in outputs[-model.config.target_layers:]:
+    for t in outputs[len(outputs) - (model.config.target_layers or len(outputs)):]:
         t = t[:, 1:].double()
         normed.append(t if raw else
                       (t - t.mean(1, keepdim=True)) / (t.var(1, keepdim=True, unbiased=False) + 1e-5).sqrt())
@@ -314,15 +337,16 @@ def plain_targets(model, spec, raw=False):
     return (mean - mean.mean(-1, keepdim=True)) / (mean.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
 
 
-@pytest.mark.parametrize('target_layers', [0, 1])
+@pytest.mark.parametrize('target_layers', [0, 1, 2])
 def test_targets(target_layers):
-    model = ASDA(variant(target_layers=target_layers))
+    """Of all three layers, the last, the last two."""
+    model = ASDA(variant(n_layer=3, target_layers=target_layers))
     spec, _, _ = small_batch(SMALL)
     frame, utterance = model.targets(spec)
     want = plain_targets(model, spec)
     torch.testing.assert_close(frame.double(), want, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(utterance.double(), want.mean(1), atol=1e-5, rtol=1e-4)
-    raw = ASDA(variant(target_layers=target_layers, utterance_target='raw'))
+    raw = ASDA(variant(n_layer=3, target_layers=target_layers, utterance_target='raw'))
     raw.load_state_dict(model.state_dict())
     torch.testing.assert_close(raw.targets(spec)[1].double(), plain_targets(model, spec, raw=True), atol=1e-5,
                                rtol=1e-4)
@@ -567,8 +591,12 @@ def test_stochastic_depth_drops_whole_clips_and_keeps_the_mean():
     assert set(dropped.unique().tolist()) == {0.0, torch.tensor(4 / 3).item()}
     assert torch.equal(dropped, dropped[:, :1, :1].expand(-1, 2, 3))
     assert abs(float(dropped.mean()) - 1) < 0.03
+    assert model_module.drop_path(branch[:3], 0.5, torch.tensor([0.5, 0.4999, 0.0]))[:, 0, 0].tolist() == [2, 0, 0]
+    assert torch.equal(model_module.drop_path(branch, 0.0, torch.zeros(4000)), branch)
     model = Classifier(variant(drop_path=0.5), 5)
     assert [block.drop_rate for block in model.encoder.blocks] == [0.0, 0.5]
+    rates = [block.drop_rate for block in Encoder(variant(drop_path=0.4, n_layer=5)).blocks]
+    assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4]) and Encoder(variant(n_layer=1)).blocks[0].drop_rate == 0
     spec = torch.randn(2, 64, 128)
     torch.testing.assert_close(model(spec, torch.ones(2, 2, 2)), drop_nothing(model, 2.0)(spec), atol=1e-5, rtol=1e-4)
 

@@ -17,11 +17,13 @@ import pytest
 import torch
 
 import data
+import prepare
 import pretrain
+from audio.clips import open_clips
 from checkpoints import authors
 from configurator import configure
 from engine import processes, saving
-from engine.errors import RunError
+from engine.errors import ConfigError, DataError, RunError
 from fast import kernels
 from scoring import monitor
 from tools import bench
@@ -115,9 +117,26 @@ def test_schedules():
     assert [pretrain.lr_at(step, s) for step in (0, 5, 10)] == [0.0, 0.5, 1.0]
     assert pretrain.lr_at(60, s) == pytest.approx(0.5) and pretrain.lr_at(110, s) == pytest.approx(0.0, abs=1e-12)
     assert [pretrain.ema_decay_at(step, s) for step in (0, 2, 4, 99)] == pytest.approx([0.5, 0.7, 0.9, 0.9])
+    s = settings('--lr=1.0', '--warmup_steps=0', '--max_steps=100')
+    assert [pretrain.lr_at(step, s) for step in (0, 50)] == pytest.approx([1.0, 0.5])
 
 
-def test_optimizer_decays_matrices_only_unless_told():
+def test_the_demo_is_made_where_it_is_missing(data_dir, tmp_path, monkeypatch):
+    made = []
+
+    def fake(argv):
+        made.append(argv)
+        shutil.copytree(os.path.join(data_dir, 'demo'), tmp_path / 'demo')
+    monkeypatch.setattr(prepare, 'run', fake)
+    process = processes.Process(0, 1, torch.device('cpu'))
+    for _ in range(2):                                                      # the second time it is there
+        assert len(pretrain.training_clips(settings('--dataset=demo', f'--data_dir={tmp_path}'), process)) > 100
+        assert made == [['demo', f'--out_dir={tmp_path}/demo', '--workers=0']]
+    with pytest.raises(DataError, match='noises'):                          # no other set is made
+        pretrain.training_clips(settings('--dataset=noises', f'--data_dir={tmp_path}'), process)
+
+
+def test_optimizer_decays_matrices_only_unless_told(capsys):
     from model import ASDA
     process = processes.Process(0, 1, torch.device('cpu'))
     for flag, vectors in (('--decay_vectors=False', 0.0), ('--decay_vectors=True', 0.05)):
@@ -130,6 +149,53 @@ def test_optimizer_decays_matrices_only_unless_told():
                 is_vector = name.endswith('.bias') or 'norm' in name or name == 'encoder.cls'
                 assert decay.pop(id(p)) == (vectors if is_vector else 0.05), name
         assert not decay
+        assert ('decay too' if vectors else 'do not') in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('argv, why', [
+    (['--mask_block=4', '--mask_ratio=0.75', '--mask_adjust=0.0'], None),                   # one block of 16 patches
+    (['--mask_block=4', '--mask_ratio=0.78', '--mask_adjust=0.0'], 'keep 14 at mask_ratio = 0.78: no block of 4 x 4'),
+    (['--mask_block=1', '--mask_ratio=0.98', '--mask_adjust=0.0'], None),                   # one patch of 64
+    (['--mask_block=1', '--mask_ratio=0.99', '--mask_adjust=0.5'], 'keep 0 at'),
+    (['--mask_block=9'], 'mask_block = 9 does not fit the 8 x 8 grid'), (['--mask_block=8', '--mask_ratio=0.1',
+                                                                          '--mask_adjust=0.2'], None),
+    (['--drop_path=0.1'], 'drop_path = 0.1 must be 0'), (['--n_mels=64'], 'n_mels = 64 must be 128')])
+def test_masks_need_a_block_and_a_patch(argv, why):
+    given = settings(*TINY, '--frames=128', *argv)
+    if why is None:
+        assert pretrain.model_config(given).frames == 128
+        return
+    with pytest.raises(ConfigError, match=re.escape(why)):
+        pretrain.model_config(given)
+
+
+def test_cuda_graphs_take_one_process_and_one_part():
+    for mode, graphs in (('default', False), ('reduce-overhead', True), ('max-autotune-no-cudagraphs', False),
+                         ('max-autotune', True)):
+        for world, parts in ((1, 1), (2, 1), (1, 2)):
+            given = settings(*TINY, f'--compile_mode={mode}', f'--accumulate={parts}')
+            if graphs and world * parts > 1:
+                with pytest.raises(ConfigError, match=f'{mode} takes one process and accumulate = 1'):
+                    pretrain.check(given, world)
+            else:
+                pretrain.check(given, world)
+
+
+def test_a_collapse_is_a_variance_below_a_twentieth(capsys):
+    def said(variance, lowest):
+        given = settings(*TINY, f'--min_target_var={lowest}', '--lr=1.0', '--warmup_steps=10', '--ema_steps=4',
+                         '--ema_start=0.5', '--ema_end=0.9')
+        run = types.SimpleNamespace(settings=given, process=processes.Process(0, 1, torch.device('cpu')),
+                                    what_is_saved=lambda: 'nothing is saved')
+        values = {'step': 4, 'target_std': variance ** 0.5, 'loss': 1.5, 'explained': 0.25}
+        words = pretrain.report(values, run)
+        assert words == 'loss 1.500  explained 25.0%'
+        assert values['lr'] == pytest.approx(0.3) and values['ema'] == pytest.approx(0.8)       # of the third update
+        return capsys.readouterr().out
+    assert said(0.051, 0.0) == '' and said(0.051, 0.05) == ''
+    assert said(0.049, 0.048).startswith('warning: the variance of the targets is 0.049, the teacher is collapsing')
+    with pytest.raises(RunError, match='fell to 0.049, below min_target_var = 0.05: .* nothing is saved'):
+        said(0.049, 0.05)
 
 
 def test_a_run_logs_learns_and_can_be_read(straight):
@@ -422,7 +488,13 @@ def test_monitor_and_next_step(data_dir, tmp_path):
     assert 'demo, log-mel statistics: kNN' in result.out
     assert len(steps) == 6 and all(re.search(r' clips/s  (\d+m )?\d+s left$', line) for line in steps)
     assert steps[-1].endswith(' 0s left')
+    hours = open_clips(['demo'], data_dir).length.sum() / 16000 / 3600
+    assert f' clips, {hours:.2f} hours, log-mel mean ' in result.out
+    assert '; 4 x 8 patches, 6 of them kept by each of 2 students\n' in result.out
     assert f'next:  python eval.py --ckpt={tmp_path}/out/ckpt.pt --dataset=demo ' in result.out
+    assert f'       python finetune.py config/finetune_demo.py --ckpt={tmp_path}/out/ckpt.pt' in result.out
+    other = monitor.what_next(settings('--eval_dataset=noises', f'--data_dir={data_dir}', '--out_dir=x'))
+    assert other == 'next:  python eval.py --ckpt=x/ckpt.pt --dataset=noises      # kNN and linear probe'
 
 
 @pytest.mark.parametrize('kind, why', [('classes', 'no labels'), ('multi_label', 'several labels a clip'),
