@@ -4,10 +4,12 @@ A set is made in a folder inside its own, so that nothing is replaced before all
 What no preparation has written is never written over or deleted.
 """
 import contextlib
+import glob
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -20,6 +22,7 @@ from audio.decoding import NO_DECODER
 from engine.errors import ConfigError, DataError
 from engine.files import fsync_folder, locked, printable, replacing
 
+TEMPORARY = 'temporary-'                            # a folder in that: clips too long for memory, ffmpeg's files
 UNFINISHED = '.unfinished'                          # the folder inside the set's that it is made in
 CACHED = r'source-[0-9a-f]{8}\.(zip|tar|tgz|csv)'   # a download or decompressed archive, until the set is complete
 SHARD = r'(train|valid|test|eval)-\d{5}\.(npz|pcm)'
@@ -104,7 +107,6 @@ def alone(settings, share):
 
     share: a name for this machine's share; '' for all.
     """
-    shares = os.path.join(settings.work_dir, 'share-')
     shares, new = os.path.join(settings.work_dir, 'share-'), [settings.work_dir]
     while not os.path.exists(above := os.path.dirname(new[-1]) or '.'):
         new.append(above)
@@ -121,6 +123,20 @@ def alone(settings, share):
                     pass
                 remove_if_empty(os.path.join(settings.work_dir, name))
         yield
+
+
+@contextlib.contextmanager
+def temporary_files(settings):
+    """A folder beside the shards for temporary files; what a killed preparation has left in it goes."""
+    share = settings.shards.replace('/', '-of-')
+    folder = os.path.join(settings.work_dir, f'{TEMPORARY}{share}')
+    for old in [folder] if share else glob.glob(glob.escape(folder) + '*'):
+        shutil.rmtree(old, ignore_errors=True)
+    os.makedirs(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_if_empty(folder):

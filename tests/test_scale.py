@@ -1,0 +1,264 @@
+"""What two million clips, long files and many workers cost: memory, starts, restarts.
+   python -m pytest tests/test_scale.py"""
+import collections
+import contextlib
+import errno
+import io
+import os
+import time
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import torchaudio
+
+import prepare
+from audio import decoding, workers
+from audio import sources as audio_sources
+from audio.sources import Section, content_of
+from audio.workers import AHEAD, CRASHED, Worker, in_order
+from engine import machine
+from recipes import plan as plan_file
+
+from .conftest import call, is_one_line_error
+from .test_prepare import audio_file, contents, noises, run, sound, tarred, write_tree, zipped
+
+
+@contextlib.contextmanager
+def pool(count, folder=None):
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(contextlib.closing(Worker(folder))) for _ in range(count)]
+
+
+def noise_file(path, seconds, rate=16000, channels=1, kind='WAV'):
+    """White noise, written a minute at a time."""
+    rng = np.random.default_rng(0)
+    with soundfile.SoundFile(path, 'w', rate, channels, format=kind) as f:
+        for first in range(0, seconds, 60):
+            f.write(rng.uniform(-0.3, 0.3, (min(60, seconds - first) * rate, channels)))
+    return 'file', str(path)
+
+
+# ------------------------------------------------------------------------------------------------------------- workers
+
+def twice(number, how):
+    return number * how
+
+
+def slow_twice(number, how):
+    time.sleep(0.05)
+    return number * how
+
+
+def die_on_three(number, how):
+    if number == 3:
+        os._exit(139)
+    return slow_twice(number, how)
+
+
+def pid(number):
+    time.sleep(0.2)
+    return os.getpid()
+
+
+def seconds_of_process(number):
+    return time.process_time()
+
+
+def test_a_crash_restarts_one_process_within_two_seconds():
+    """Of its own time: others may keep the machine busy. To import PyTorch alone takes as long."""
+    with pool(3) as several:
+        list(in_order(slow_twice, range(9), (2,), several))
+        before = [worker.process.pid for worker in several]
+        assert list(in_order(die_on_three, range(9), (2,), several)) == [0, 2, 4, CRASHED, 8, 10, 12, 14, 16]
+        after = {worker.process.pid for worker in several if worker.process}
+        assert len(set(before) - after) <= 2                                # it died twice, the others were left alone
+        several[0].close()
+        assert list(in_order(seconds_of_process, [0], (), several))[0] < 1.5
+
+
+def test_a_worker_killed_from_outside_costs_nothing():
+    with pool(2) as several:
+        results = in_order(slow_twice, range(40), (2,), several)
+        got = [next(results)]
+        several[0].process.kill()
+        assert got + list(results) == [2 * i for i in range(40)]
+
+
+def test_no_more_processes_start_than_there_is_work_for():
+    with pool(8) as several:
+        assert len(set(in_order(pid, range(3), (), several))) == 3
+        assert sum(worker.process is not None for worker in several) == 3
+
+
+def fail(number):
+    raise OSError(errno.EIO, 'Input/output error', 'disk')
+
+
+def test_an_exception_in_a_worker_is_raised_here():
+    with pool(2) as several, pytest.raises(OSError, match='disk'):
+        list(in_order(fail, range(3), (), several))
+
+
+class Simulated:
+    """A worker that makes an hour of sound at once, and keeps of it what may stay in memory; all count what they keep.
+    """
+    kept = most = 0
+
+    def __init__(self):
+        self.jobs, self.connection = collections.deque(), self
+
+    def give(self, number, function, item, max_seconds, most):
+        self.jobs.append(number)
+        self.clip = min(most, 115_200_000)
+        Simulated.kept += self.clip
+        Simulated.most = max(Simulated.most, Simulated.kept)
+
+    def recv(self):
+        return self.clip
+
+
+def test_64_workers_on_hour_long_files_stay_below_eight_gigabytes(monkeypatch):
+    """Simulated workers; what one takes beside clips is measured below."""
+    settings = type('Settings', (), dict(workers=64, memory=8.0))
+    most = prepare.bytes_per_clip(settings)
+    several, order = [Simulated() for _ in range(64)], np.random.default_rng(0)
+    monkeypatch.setattr(workers.multiprocessing.connection, 'wait', lambda busy: [
+        list(busy)[i] for i in order.permutation(len(busy))[:3]])
+    for clip in in_order(None, range(2000), (3600, most), several):
+        Simulated.kept -= clip
+    assert 0.5 * 64 * AHEAD * most < Simulated.most <= 64 * AHEAD * most    # some use of it, and no more
+    assert Simulated.most + (2 * 64 + 1) * most + 64 * prepare.PROCESS_BYTES <= 8e9
+
+
+def peak_of_process():
+    with open('/proc/self/status') as f:
+        kib = next(int(line.split()[1]) for line in f if line.startswith('VmHWM'))
+    raise ValueError(f'{kib}')                                              # as the reason why there is no clip
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='no /proc')
+@pytest.mark.parametrize('minutes, rate, channels, kind', [
+    (20, 44100, 2, 'WAV'), (60, 16000, 1, 'FLAC')])
+def test_a_long_file_takes_a_worker_no_more_memory_than_is_counted(tmp_path, minutes, rate, channels, kind):
+    short, long = noise_file(tmp_path / 'short', 1), noise_file(tmp_path / 'long', 60 * minutes, rate, channels, kind)
+    with pool(1, str(tmp_path)) as one:
+        how = 1e9, 1 << 20
+        (_, _), first = in_order(prepare.pack_clip, [short, (peak_of_process,)], how, one)
+        (pcm, _), last = in_order(prepare.pack_clip, [long, (peak_of_process,)], how, one)
+    assert isinstance(pcm, decoding.Spilled) and len(pcm) == minutes * 60 * 16000
+    assert (int(last) - int(first)) << 10 < prepare.PROCESS_BYTES, (first, last)
+
+
+@pytest.mark.parametrize('rate', [8000, 44100, 44101, 48000, 192000, 11025])
+def test_resampling_in_pieces_is_resampling_whole(monkeypatch, rate):
+    """Reference: torchaudio on the whole wave."""
+    monkeypatch.setattr(decoding, 'PIECE', 20000)
+    wave = np.random.default_rng(0).uniform(-1, 1, 5 * 20000 + 1234).astype(np.float32)
+    ratio = decoding.fractions.Fraction(rate, 16000).limit_denominator(4000)
+    want = torchaudio.functional.resample(torch.from_numpy(wave), ratio.numerator, ratio.denominator).numpy()
+    for cuts in ([20000] * 5, [1, 7, 15000, 30000, 29999]):
+        pieces = list(decoding.resampled(iter(np.split(wave, np.cumsum(cuts))), rate))
+        np.testing.assert_allclose(np.concatenate(pieces), want, atol=2e-6)
+        assert len(pieces) > 2
+    assert list(decoding.resampled(iter([]), rate)) == []
+
+
+def test_channels_that_cancel_in_a_long_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(decoding, 'PIECE', 4000)
+    wave = np.stack([-0.995 * sound(4), sound(4)], axis=1)
+    soundfile.write(tmp_path / 'x.wav', wave, 16000)
+    for most in (1e9, 1000):
+        pcm, _ = prepare.pack_clip(('file', str(tmp_path / 'x.wav')), 60, most)
+        assert len(pcm) == 64000 and np.abs(pcm[0:64000] - wave[:, 1] * 32768).max() <= 1
+
+
+PACKS = {'folder': write_tree, 'zip': zipped, 'tar': tarred}
+FORMATS = ['.wav', '.flac', '.ogg', '.mp3']
+
+
+@pytest.mark.parametrize('pack', ['folder', 'zip', 'tar'])
+def test_large_files_are_read_where_they_lie(tmp_path, monkeypatch, pack):
+    """Reference: the same files, read at once."""
+    files = {f'a/{i}{suffix}': b'junk' * 999 * (suffix == '.mp3') + audio_file(suffix, 0.5, 44100, 2)
+             for i, suffix in enumerate(FORMATS)}
+    files['b/torn.flac'], files['b/torn.ogg'] = (audio_file(suffix)[:-500] for suffix in ('.flac', '.ogg'))
+    source = PACKS[pack](tmp_path / f'x.{pack}', files)
+    command = ['folder', f'--source={source}', '--max_bad=0.5', '--test_part=0']
+    assert run(*command, f'--out_dir={tmp_path}/one/set').code == 0
+    monkeypatch.setattr(audio_sources, 'WHOLE', 1500)
+    assert run(*command, f'--out_dir={tmp_path}/two/set').code == 0
+    assert contents(tmp_path / 'one/set') == contents(tmp_path / 'two/set')
+    assert len((tmp_path / 'one/set/skipped.tsv').read_text().splitlines()) == 2
+
+
+def test_a_section_is_read_like_the_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(audio_sources, 'WHOLE', 100)
+    content = np.random.default_rng(0).bytes(1000)
+    (tmp_path / 'x').write_bytes(b'before' + content + b'after')
+    with content_of(('tar', str(tmp_path / 'x'), 6, 1000)) as section:
+        assert isinstance(section, Section) and len(section) == 1000
+        for part in (slice(0, 5), slice(990, 2000), slice(5, 3), slice(-3, 999)):
+            assert section[part] == content[part]
+        assert section[7:][3:8] == content[10:15] and len(section[7:]) == 993
+        for i in (0, 95, 99, 100, 990):
+            assert section.rfind(content[i:i + 10]) == i
+        assert section.rfind(b'before') == section.rfind(b'after') == -1
+        assert io.BufferedReader(section).read() == content
+
+
+def test_a_disk_that_fails_in_a_large_file_is_not_the_files_fault(tmp_path, monkeypatch):
+    monkeypatch.setattr(audio_sources, 'WHOLE', 1000)
+    write_tree(tmp_path / 'x', noises(3))
+    reads, original = [], os.pread
+
+    def failing(*where):
+        reads.append(where)
+        if len(reads) > 8:
+            raise OSError(errno.EIO, 'Input/output error')
+        return original(*where)
+    monkeypatch.setattr(os, 'pread', failing)
+    result = run('folder', f'--source={tmp_path}/x', f'--out_dir={tmp_path}/set')
+    assert result.code == 2 and 'Input/output error' in result.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize('processes', [0, 2])
+def test_clips_too_large_for_memory_go_by_way_of_the_disk(tmp_path, monkeypatch, processes):
+    monkeypatch.setattr(plan_file, 'SHARD_CLIPS', 10)
+    source = write_tree(tmp_path / 'x', {**noises(20), 'a/torn.flac': audio_file('.flac', 2.0)[:-500]})
+    command = ['folder', f'--source={source}', f'--workers={processes}', '--max_bad=0.1']
+    assert call(prepare.run, *command, f'--out_dir={tmp_path}/one/set').code == 0
+    monkeypatch.setattr(prepare, 'bytes_per_clip', lambda settings: 5000)
+    left = []
+    monkeypatch.setattr(prepare, 'write_shard', lambda *given, original=prepare.write_shard: (
+        original(*given), left.extend(os.listdir(tmp_path / 'two/set/.unfinished/temporary-'))))
+    os.makedirs(tmp_path / 'two/set/.unfinished/temporary-of a killed one')
+    assert call(prepare.run, *command, f'--out_dir={tmp_path}/two/set').code == 0
+    assert contents(tmp_path / 'one/set') == contents(tmp_path / 'two/set') and left == []
+
+
+def test_too_little_memory_is_said_in_a_line(tmp_path):
+    source = write_tree(tmp_path / 'x', noises(2))
+    command = ['folder', f'--source={source}', f'--out_dir={tmp_path}/set']
+    assert is_one_line_error(call(prepare.run, *command, '--workers=4', '--memory=0.2'), 'memory', '4', '0.46')
+    assert call(prepare.run, *command, '--memory=0.12').code == 0           # as many processes as fit: one
+
+
+# --------------------------------------------------------------------------------------------------------- the machine
+
+@pytest.mark.parametrize('own, files, cores, memory', [
+    ('0::/a/b\n', {'a/b/cpu.max': '300000 100000', 'a/memory.max': '2000000', 'a/b/memory.max': 'max'}, 3, 2000000),
+    ('0::/\n', {'cpu.max': 'max 100000', 'memory.high': '5000'}, 8, 5000),
+    ('3:memory:/x\n1:cpu,cpuacct:/y\n', {'memory/memory.limit_in_bytes': '700', 'cpu/y/cpu.cfs_quota_us': '150000',
+                                         'cpu/y/cpu.cfs_period_us': '100000'}, 1, 700),
+    ('1:cpu:/y\n', {'cpu/y/cpu.cfs_quota_us': '-1', 'cpu/y/cpu.cfs_period_us': '100000'}, 8, 1 << 62)])
+def test_cores_and_memory_are_those_of_the_container(tmp_path, monkeypatch, own, files, cores, memory):
+    for name, text in files.items():
+        os.makedirs(os.path.dirname(tmp_path / name), exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / 'own').write_text(own)
+    monkeypatch.setattr(machine.cgroups, '__defaults__', (str(tmp_path), str(tmp_path / 'own')))
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda _: range(8))
+    monkeypatch.setattr(os, 'sysconf', lambda name: 1 << 31)
+    assert (machine.cores(), machine.memory()) == (cores, memory)
