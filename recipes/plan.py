@@ -37,7 +37,7 @@ class Entry:
         if callable(kind):
             return repr((kind.__name__, path, *inside))
         if kind == 'zip':
-            return repr(inside[1])
+            return repr(inside[-1])
         info, name = os.stat(path), os.path.basename(path)
         fetched = re.fullmatch(CACHED, name)                                # its name says of what; its time is ours
         return repr((info.st_size, name if fetched else info.st_mtime_ns, *inside))

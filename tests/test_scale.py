@@ -5,7 +5,11 @@ import contextlib
 import errno
 import io
 import os
+import struct
 import time
+import tracemalloc
+import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -16,7 +20,7 @@ import torchaudio
 import prepare
 from audio import decoding, workers
 from audio import sources as audio_sources
-from audio.sources import Section, content_of
+from audio.sources import Section, content_of, list_source, read_bytes
 from audio.workers import AHEAD, CRASHED, Worker, in_order
 from engine import machine
 from recipes import plan as plan_file
@@ -262,3 +266,92 @@ def test_cores_and_memory_are_those_of_the_container(tmp_path, monkeypatch, own,
     monkeypatch.setattr(os, 'sched_getaffinity', lambda _: range(8))
     monkeypatch.setattr(os, 'sysconf', lambda name: 1 << 31)
     assert (machine.cores(), machine.memory()) == (cores, memory)
+
+
+# ---------------------------------------------------------------------------------------------------------------- zips
+
+def test_no_worker_reads_a_zips_directory(tmp_path, monkeypatch):
+    source = zipped(tmp_path / 'x.zip', noises(20))
+    files = list_source(source, '')
+    monkeypatch.setattr(zipfile, 'ZipFile', None)
+    with open(source, 'r+b') as f:
+        f.truncate(os.path.getsize(source) - 300)                           # nor could it
+    waves = {name: prepare.pack_clip(files.place(i), 60)[0] for i, name in files.audio()}
+    for name, content in noises(20).items():
+        assert np.abs(waves[name] - decoding.decode(content, 60) * 32768).max() <= 0.5
+
+
+def test_a_directory_of_many_members_takes_little_memory(tmp_path):
+    """zipfile's list takes 590 bytes a member; of a plan its place, 22 bytes, and its name are kept."""
+    n = 20000
+    with zipfile.ZipFile(tmp_path / 'x.zip', 'w') as archive:
+        for i in range(n):
+            archive.writestr(f'unbalanced/Y{i:011d}_30000.flac', b'')
+    tracemalloc.start()
+    try:
+        files = list_source(str(tmp_path / 'x.zip'), '')
+        kept, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert plan_file.Entry('', files.place(3), -1, -1).stamp() == repr(zlib.crc32(b''))     # as it always was
+    assert len(files.names) == n and kept < 75 * n and peak < 250 * n, (kept / n, peak / n)
+
+
+def test_a_zip_inside_a_program_or_behind_junk_has_its_members_where_they_are(tmp_path):
+    zipped(tmp_path / 'x.zip', noises(4))
+    (tmp_path / 'y.zip').write_bytes(b'MZ' + bytes(777) + (tmp_path / 'x.zip').read_bytes())
+    one, other = (list_source(str(tmp_path / name), '') for name in ('x.zip', 'y.zip'))
+    for i in range(4):
+        assert read_bytes(one.place(i)) == read_bytes(other.place(i)) != b''
+
+
+def central(path, change):
+    """Change every record of a zip's directory: change(record of 46 bytes and more)."""
+    content = bytearray(path.read_bytes())
+    place = content.find(b'PK\1\2')
+    while place >= 0:
+        change(memoryview(content)[place:place + 46])
+        place = content.find(b'PK\1\2', place + 46)
+    path.write_bytes(content)
+    return str(path)
+
+
+def put(code, offset, value):
+    return lambda record: struct.pack_into(code, record, offset, value)
+
+
+@pytest.mark.parametrize('change, reason', [
+    (put('<I', 42, 0), 'Bad CRC'), (put('<I', 42, 5), 'no member where'), (put('<I', 42, 0x7fffffff), 'no member where'),
+    (put('<I', 16, 1), 'Bad CRC'), (put('<I', 24, 100), 'Bad CRC'), (put('<I', 20, 3), ''),
+    (put('<H', 10, 9), 'compression'), (put('<H', 10, 0), 'Bad CRC')])
+@pytest.mark.parametrize('whole', [1 << 20, 1000])
+def test_zips_that_lie_cost_the_members_that_they_lie_about(tmp_path, monkeypatch, change, reason, whole):
+    monkeypatch.setattr(audio_sources, 'WHOLE', whole)
+    zipped(tmp_path / 'x.zip', {f'a/{i}.wav': audio_file('.wav', 0.5 + i / 10) for i in range(3)})
+    files = list_source(central(tmp_path / 'x.zip', change), '')
+    results = [prepare.pack_clip(files.place(i), 60) for i in range(3)]
+    assert all(isinstance(result, str) and reason in result for result in results[1:]), results
+
+
+def test_an_encrypted_member_is_no_sound(tmp_path):
+    path = tmp_path / 'x.zip'
+    zipped(path, {'a/1.wav': audio_file('.wav')})
+    content = bytearray(path.read_bytes())
+    content[6] |= 1                                                         # of the member's own header
+    path.write_bytes(content)
+    assert 'encrypted' in prepare.pack_clip(list_source(str(path), '').place(0), 60)
+
+
+def test_offsets_of_64_bits(tmp_path):
+    """A directory that says that its member lies beyond what a file can hold."""
+    path = tmp_path / 'x.zip'
+    zipped(path, {'a/1.wav': audio_file('.wav')})
+    content = path.read_bytes()
+    first, end = content.find(b'PK\1\2'), content.find(b'PK\5\6')
+    record = bytearray(content[first:end]) + struct.pack('<HHQ', 1, 8, 1 << 63)
+    struct.pack_into('<H', record, 30, 12)                                  # the length of its further fields
+    struct.pack_into('<I', record, 42, 0xffffffff)
+    last = bytearray(content[end:])
+    struct.pack_into('<I', last, 12, len(record))
+    path.write_bytes(content[:first] + record + last)
+    assert isinstance(prepare.pack_clip(list_source(str(path), '').place(0), 60), str)
