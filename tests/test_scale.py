@@ -4,8 +4,10 @@ import collections
 import contextlib
 import errno
 import io
+import multiprocessing
 import os
 import struct
+import sys
 import time
 import tracemalloc
 import zipfile
@@ -17,12 +19,16 @@ import soundfile
 import torch
 import torchaudio
 
+import data
 import prepare
 from audio import decoding, workers
 from audio import sources as audio_sources
+from audio.clips import Clips
 from audio.sources import Section, content_of, list_source, read_bytes
 from audio.workers import AHEAD, CRASHED, Worker, in_order
 from engine import machine
+from engine.errors import ConfigError, DataError
+from engine.loading import batches_ahead
 from recipes import plan as plan_file
 
 from .conftest import call, is_one_line_error
@@ -321,7 +327,7 @@ def put(code, offset, value):
 
 
 @pytest.mark.parametrize('change, reason', [
-    (put('<I', 42, 0), 'Bad CRC'), (put('<I', 42, 5), 'no member where'), (put('<I', 42, 0x7fffffff), 'no member where'),
+    (put('<I', 42, 0), 'Bad CRC'), (put('<I', 42, 5), 'no member where'), (put('<I', 42, 1 << 30), 'no member where'),
     (put('<I', 16, 1), 'Bad CRC'), (put('<I', 24, 100), 'Bad CRC'), (put('<I', 20, 3), ''),
     (put('<H', 10, 9), 'compression'), (put('<H', 10, 0), 'Bad CRC')])
 @pytest.mark.parametrize('whole', [1 << 20, 1000])
@@ -355,3 +361,70 @@ def test_offsets_of_64_bits(tmp_path):
     struct.pack_into('<I', last, 12, len(record))
     path.write_bytes(content[:first] + record + last)
     assert isinstance(prepare.pack_clip(list_source(str(path), '').place(0), 60), str)
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+
+def many_clips(folder, shards, per_shard, samples=1600):
+    """Clips of a set of many sparse shards; only the first samples of a few clips are not zero."""
+    for shard in range(shards):
+        with open(folder / f'{shard}.pcm', 'wb') as f:
+            f.truncate(2 * per_shard * samples)
+            f.seek(2 * samples * (shard % per_shard))
+            f.write(np.full(5, shard + 1, np.int16).tobytes())
+    row = np.tile(np.arange(per_shard, dtype=np.int32), shards)
+    return Clips([str(folder / str(shard)) for shard in range(shards)], [], offset=row.astype(np.int64) * samples,
+                 length=np.full(len(row), samples), shard=np.repeat(np.arange(shards, dtype=np.int32), per_shard),
+                 row=row)
+
+
+def test_clips_of_934_shards_take_no_open_files(tmp_path):
+    """More than a process may open by default on some systems; each read is of the right place."""
+    clips, before = many_clips(tmp_path, 934, 7), len(os.listdir('/proc/self/fd'))
+    for i in np.random.default_rng(0).permutation(len(clips))[:2500]:
+        shard, row = divmod(int(i), 7)
+        assert clips.read(i, 2, 4).tolist() == ([shard + 1] * 3 + [0] if row == shard % 7 else [0] * 4)
+    assert len(os.listdir('/proc/self/fd')) == before
+    assert len(clips.read(0)) == 1600 and len(clips.read(0, 1500, 900)) == 100 and len(clips.read(0, 1700)) == 0
+
+
+def test_a_shard_that_was_cut_short_meanwhile_is_named(tmp_path):
+    clips = many_clips(tmp_path, 2, 3)
+    os.truncate(tmp_path / '1.pcm', 5000)
+    with pytest.raises(DataError, match='1.pcm is shorter'):
+        clips.read(5)
+
+
+class NeverCopied(Clips):
+    def __getstate__(self):
+        raise AssertionError('the index of two million clips was pickled')
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='workers are forked on Linux alone')
+def test_workers_share_the_index_of_two_million_clips(tmp_path):
+    """Whatever way Python starts processes by default: by forkserver since 3.14."""
+    few = many_clips(tmp_path, 2, 3)
+    clips = NeverCopied(few.shards, [], **{name: np.resize(getattr(few, name), 2_000_000)
+                                           for name in ('offset', 'length', 'shard', 'row')})
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method('spawn', force=True)
+    try:
+        batches = list(data.loader(data.PretrainBatches(clips, 8, 4, range(4), 1), range(3), workers=2))
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    assert len(batches) == 3 and batches[0]['pcm'].shape == (4, 1520)
+
+
+def test_batches_that_do_not_fit_in_shared_memory(tmp_path, monkeypatch):
+    batch = {'pcm': torch.zeros(48, 160240, dtype=torch.int16), 'lengths': torch.zeros(48)}
+    free = 0
+    monkeypatch.setattr(os, 'statvfs', lambda _: type('Free', (), dict(f_bavail=free >> 12, f_frsize=4096)))
+    for free, count, ahead in ((10 << 30, 8, 4), (472 << 20, 8, 3), (200 << 20, 8, 1), (64 << 20, 1, 2)):
+        assert batches_ahead(batch, count, tmp_path) == ahead
+        assert (ahead * count + 2) * batch['pcm'].nbytes <= free
+    with pytest.raises(ConfigError, match='8 workers need 146 MiB of shared memory.*has 64 free: give fewer --workers'):
+        batches_ahead(batch, 8, tmp_path)
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
+    assert batches_ahead(batch, 2, tmp_path / 'none') == 4                  # no such folder: another system
+    with pytest.raises(ConfigError, match='2 workers'):
+        batches_ahead(batch, 2, tmp_path)
