@@ -108,7 +108,7 @@ def prepare(plan, settings):
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(1)                                            # as in the workers: the same rounding
         how = getattr(settings, 'max_minutes', math.inf) * 60, bytes_per_clip(settings)
-        folder = stack.enter_context(making.temporary_files(settings))
+        folder = stack.enter_context(tempfile.TemporaryDirectory('', making.TEMPORARY, settings.work_dir))
         workers = [stack.enter_context(contextlib.closing(Worker(folder))) for _ in range(settings.workers)]
         if not workers:
             stack.callback(setattr, tempfile, 'tempdir', tempfile.tempdir)

@@ -4,7 +4,6 @@ A set is made in a folder inside its own, so that nothing is replaced before all
 What no preparation has written is never written over or deleted.
 """
 import contextlib
-import glob
 import json
 import math
 import os
@@ -96,7 +95,9 @@ def move_in(work_dir, out_dir):
 def remove_unfinished(work_dir):
     """Delete what an unfinished preparation has left, then its folder if it is empty."""
     for file in os.listdir(work_dir) if os.path.isdir(work_dir) else ():
-        if re.fullmatch(rf'({NAMES.pattern}|{CACHED})(\.tmp)?', file):
+        if file.startswith(TEMPORARY):                                      # of one that was killed
+            shutil.rmtree(os.path.join(work_dir, file), ignore_errors=True)
+        elif re.fullmatch(rf'({NAMES.pattern}|{CACHED})(\.tmp)?', file):
             os.remove(os.path.join(work_dir, file))
     remove_if_empty(work_dir)
 
@@ -123,20 +124,6 @@ def alone(settings, share):
                     pass
                 remove_if_empty(os.path.join(settings.work_dir, name))
         yield
-
-
-@contextlib.contextmanager
-def temporary_files(settings):
-    """A folder beside the shards for temporary files; what a killed preparation has left in it goes."""
-    share = settings.shards.replace('/', '-of-')
-    folder = os.path.join(settings.work_dir, f'{TEMPORARY}{share}')
-    for old in [folder] if share else glob.glob(glob.escape(folder) + '*'):
-        shutil.rmtree(old, ignore_errors=True)
-    os.makedirs(folder)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_if_empty(folder):

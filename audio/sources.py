@@ -320,13 +320,6 @@ class Section(io.RawIOBase):
             self.errors.append(error)
             raise
 
-    def rfind(self, text):
-        for end in range(self.size, 0, -WHOLE):
-            found = self[max(end - WHOLE, 0):end + len(text) - 1].rfind(text)
-            if found >= 0:
-                return max(end - WHOLE, 0) + found
-        return -1
-
     def readinto(self, buffer):
         content = self[self.place:self.place + len(buffer)]
         buffer[:len(content)] = content

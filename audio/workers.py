@@ -77,11 +77,14 @@ def in_order(function, items, how, workers):
     An item that ends its process, twice, has the result CRASHED, and no other is lost. An exception is raised here.
     """
     if not workers:
-        yield from (function(item, *how) for item in items)
+        return (yield from (function(item, *how) for item in items))
     todo, results, suspects = collections.deque(range(len(items))), {}, set()
-    for position in range(len(items)) if workers else ():
+    for position in range(len(items)):
         while position not in results:
-            hand_out(function, items, how, workers, todo, position + AHEAD * len(workers))
+            for worker in sorted(workers, key=lambda worker: len(worker.jobs)) * 2:     # one more to go on with
+                if len(worker.jobs) < 2 and todo and todo[0] < position + AHEAD * len(workers):
+                    number = todo.popleft()
+                    worker.give(number, function, items[number], *how)
             busy = {worker.connection: worker for worker in workers if worker.jobs}
             for connection in multiprocessing.connection.wait(busy):
                 number, *others = busy[connection].jobs
@@ -99,12 +102,3 @@ def in_order(function, items, how, workers):
                 if isinstance(results.get(number), Exception):
                     raise results[number]
         yield results.pop(position)
-
-
-def hand_out(function, items, how, workers, todo, end):
-    """Give every worker something to do, then something to go on with, of what is to do below this end."""
-    for jobs in (1, 2):
-        for worker in workers:
-            if todo and todo[0] < end and len(worker.jobs) < jobs:
-                number = todo.popleft()
-                worker.give(number, function, items[number], *how)

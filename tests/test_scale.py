@@ -212,9 +212,6 @@ def test_a_section_is_read_like_the_bytes(tmp_path, monkeypatch):
         for part in (slice(0, 5), slice(990, 2000), slice(5, 3), slice(-3, 999)):
             assert section[part] == content[part]
         assert section[7:][3:8] == content[10:15] and len(section[7:]) == 993
-        for i in (0, 95, 99, 100, 990):
-            assert section.rfind(content[i:i + 10]) == i
-        assert section.rfind(b'before') == section.rfind(b'after') == -1
         assert io.BufferedReader(section).read() == content
 
 
@@ -242,7 +239,7 @@ def test_clips_too_large_for_memory_go_by_way_of_the_disk(tmp_path, monkeypatch,
     monkeypatch.setattr(prepare, 'bytes_per_clip', lambda settings: 5000)
     left = []
     monkeypatch.setattr(prepare, 'write_shard', lambda *given, original=prepare.write_shard: (
-        original(*given), left.extend(os.listdir(tmp_path / 'two/set/.unfinished/temporary-'))))
+        original(*given), left.extend((tmp_path / 'two/set/.unfinished').glob('temporary-*/*'))))
     os.makedirs(tmp_path / 'two/set/.unfinished/temporary-of a killed one')
     assert call(prepare.run, *command, f'--out_dir={tmp_path}/two/set').code == 0
     assert contents(tmp_path / 'one/set') == contents(tmp_path / 'two/set') and left == []
