@@ -5,6 +5,7 @@ numpy's own samplers and by counting; scikit-learn; plain loops. Sounds go in as
 possible.   python -m pytest tests/test_numbers.py
 """
 import collections
+import contextlib
 import csv
 import functools
 import hashlib
@@ -29,6 +30,7 @@ import prepare
 import pretrain
 from audio.clips import Clips, carve_validation, few_labels, key_hash, open_clips, task_splits
 from audio.decoding import decode_file
+from audio.workers import Worker, in_order
 from checkpoints.opening import open_checkpoint
 from configurator import configure
 from engine import processes, randomness, saving
@@ -220,28 +222,11 @@ def test_statistics_are_those_of_the_training_splits_real_frames(sets):
         assert some.statistics(window) == pytest.approx((values.mean(), values.std()), abs=1e-3)
 
 
-class CountingPool:
-    """A pool whose work is done when its result is asked for; it counts the chunks that are under way."""
-
-    def __init__(self, count):
-        self.count, self.under_way, self.most = count, 0, 0
-
-    def submit(self, chunk, max_seconds):
-        self.under_way += 1
-        self.most = max(self.most, self.under_way)
-
-        def result():
-            self.under_way -= 1
-            return prepare.pack_chunk(chunk, max_seconds)
-        return types.SimpleNamespace(result=result)
-
-
-def test_few_chunks_are_under_way_and_results_come_in_order():
-    """Reference: the same places packed one by one; a pool of n has work waiting, but at most 2 n chunks of it."""
+def test_clips_come_from_workers_in_order_and_as_from_one_process():
+    """Reference: the same places packed one by one, and kaldi's sums."""
     places = [(demo.synthesise, 1, i) for i in range(60)]
-    pool = CountingPool(3)
-    found = list(prepare.pack_in_order(places, 60, pool))
-    assert 3 < pool.most <= 6
+    with contextlib.closing(Worker()) as one, contextlib.closing(Worker()) as other:
+        found = list(in_order(prepare.pack_clip, places, (60,), [one, other]))
     for place, (pcm, sums) in zip(places, found, strict=True):
         wave = demo.synthesise(*place[1:])
         assert np.array_equal(pcm, np.rint(np.clip(wave * 2.0 ** 15, -2 ** 15, 2 ** 15 - 1)).astype(np.int16))

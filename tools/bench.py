@@ -39,6 +39,7 @@ from audio.clips import FORMAT_VERSION, open_clips
 from engine import processes, randomness
 from engine.errors import ROOT, ConfigError, RunError
 from engine.files import replacing
+from engine.machine import cores
 from engine.run import ahead as read_ahead
 from fast import forms
 from fast.spectrogram import fbank
@@ -137,10 +138,6 @@ def peak_memory(process):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
-def cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-
-
 def device_name(process):
     """The GPU's name, or the CPU's as Linux tells it."""
     if process.device.type == 'cpu' and os.path.exists('/proc/cpuinfo'):
@@ -191,7 +188,7 @@ def spectrograms(bench):
         return lambda: spec
     clips = pretrain.training_clips(settings, bench.process)
     mean, std = clips.statistics(settings.window)
-    batches = iter(pretrain_loader(bench, clips, itertools.count()))
+    batches = iter(pretrain_loader(bench, clips, range(sys.maxsize)))
 
     def following():
         batch = bench.to_device(next(batches))
