@@ -187,9 +187,10 @@ def test_a_collapse_is_a_variance_below_a_twentieth(capsys):
                          '--ema_start=0.5', '--ema_end=0.9')
         run = types.SimpleNamespace(settings=given, process=processes.Process(0, 1, torch.device('cpu')),
                                     what_is_saved=lambda: 'nothing is saved')
-        values = {'step': 4, 'target_std': variance ** 0.5, 'loss': 1.5, 'explained': 0.25}
+        values = {'step': 4, 'target_std': variance ** 0.5, 'loss': 1.5, 'content': 0.25, 'place': 0.5}
         words = pretrain.report(values, run)
-        assert words == 'loss 1.500  explained 25.0%'
+        assert words == 'loss 1.500  content 25.0%  place 50.0%'
+        assert pretrain.report({**values, 'content': math.nan}, run) == 'loss 1.500'        # of one clip
         assert values['lr'] == pytest.approx(0.3) and values['ema'] == pytest.approx(0.8)       # of the third update
         return capsys.readouterr().out
     assert said(0.051, 0.0) == '' and said(0.051, 0.05) == ''
