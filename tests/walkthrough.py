@@ -30,10 +30,11 @@ from .conftest import ROOT, call
 
 PAGE = os.path.join(ROOT, 'docs', 'walkthrough.md')
 CLIPS = 200                     # of the demo's set, as the page's commands and tests/conftest.py make it
-OPTIONS = ['--batch_size=6', '--max_steps=20', '--warmup_steps=5', '--log_interval=1', '--dtype=float32']
+OPTIONS = ['--n_students=8', '--mask_block=3', '--pos_scale=1', '--batch_size=6', '--max_steps=20', '--warmup_steps=5',
+           '--log_interval=1', '--eval_dataset=', '--dtype=float32']
 HERE = ['--device=cpu', '--threads=1']      # of which the numbers are no function, but for their last digits
 SHOWN = 1, 2, 5, 10, 20         # steps of the table
-COLUMNS = 'step', 'lr', 'ema', 'loss', 'frame', 'utterance', 'explained', 'target_std', 'grad_norm'
+COLUMNS = 'step', 'lr', 'ema', 'loss', 'frame', 'utterance', 'explained', 'content', 'place', 'grad_norm'
 
 
 class Watched:
