@@ -2,9 +2,9 @@
 
     python pretrain.py config/demo.py
 
-What it costs: 600 updates of 32 clips x 4 students, three to eight minutes on one CPU core. What to expect: 48 % of the
-content explained, kNN accuracy 47 % and linear probe 63 %, where random weights have 39 and 54 %, log-mel statistics
-46 and 40 %, chance 12 %.
+What it costs: 600 updates of 32 clips x 4 students. Time: three to eight minutes on one CPU core. What to
+expect: 48 % of the content explained, kNN accuracy 47 % and linear probe 63 %, where random weights have 39 and 54 %,
+log-mel statistics 46 and 40 %, chance 12 %.
 """
 out_dir = 'out/demo'
 dataset = eval_dataset = 'demo'

@@ -72,7 +72,8 @@ class Run:
         self.config = dataclasses.asdict(model.config)
         self.input = {**{name: spectrum[name] for name in ('window', 'mean', 'std', 'repeat')},
                       'fingerprint': fingerprint}
-        if self.resuming:
+        if self.resuming:                   # fields that are younger than the checkpoint have their defaults
+            state['config'] = {**dataclasses.asdict(type(model.config)()), **state['config']}
             saving.resume(state, self.settings.out_dir, model, optimizer, self.config, self.input, self.settings,
                           self.free, self.process)
         self.first = self.done = state.get('step', 0)
