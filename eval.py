@@ -10,9 +10,11 @@ Settings are the names below. Probes use the log-mel statistics of the training 
 checkpoint, and embeddings, those that the checkpoint holds.
 """
 import dataclasses
+import functools
 import os
 
 import numpy as np
+import torch
 
 import configurator
 from audio import HOP_SAMPLES, SAMPLE_RATE, WINDOW_SAMPLES, frames_in, samples_for
@@ -21,13 +23,14 @@ from audio.files import complain, named_files, open_files
 from checkpoints.opening import open_checkpoint
 from engine import processes, ranges
 from engine.errors import CheckpointError, ConfigError
-from engine.files import printable, replacing
+from engine.files import printable
 from engine.ranges import check_model
-from model import MAX_FRAMES
+from model import MAX_FRAMES, Encoder
 from recipes.audioset import read_label_csv
+from scoring.features import POOLS, feature_batches, features, log_mel_statistics, predict, width
 from scoring.metrics import NotFiniteError, describe, mean_of_windows, metrics, probabilities
-from scoring.outputs import check_output, table_path, write_classes, write_windows
-from scoring.probes import embeddings, features, knn_scores, linear_probe, log_mel_statistics, predict
+from scoring.outputs import check_output, labels_of, table_path, write_arrays, write_classes, write_windows
+from scoring.probes import knn_scores, linear_probe, standardised
 
 ckpt = ''                   # the checkpoint
 dataset = ''                # a prepared set; default for a fine-tuned checkpoint: the one it was tuned on
@@ -42,6 +45,10 @@ max_minutes = 60.0          # longer files are refused
 top_k = 5                   # classes to print for each file
 labels = ''                 # AudioSet's class_labels_indices.csv: names for the classes of a checkpoint without any
 embed = ''                  # write embeddings to this .npz file
+pool = 'bands'              # features: bands (mean and deviation over time of each band of patches), mean (of patches),
+                            # cls; or several of them, separated by commas
+layer = 0                   # of this block (1, 2, ...); 0: the mean of all blocks' outputs
+patches = False             # --embed: every patch too; then a row is a window
 csv_file = ''               # of a set: the table of its classes (default: classes-SET-CKPT.csv beside the checkpoint;
                             # theirs of windows: ...-windows.csv); of files: the probabilities of every window
 frames = 0                  # input length; 0: the checkpoint's
@@ -55,7 +62,7 @@ dtype = 'auto'              # float32 or bfloat16; auto: bfloat16 on a GPU that 
 workers = 0                 # processes that read clips ahead; 0: none
 threads = 0                 # CPU threads; 0: PyTorch's choice
 
-MAX_EMBEDDING_BYTES = 8 << 30
+MAX_FEATURE_BYTES = 16 << 30
 
 
 # ---------------------------------------------------------------------------------------------------------------- modes
@@ -103,8 +110,8 @@ def in_windows(clips, settings, spectrum):
 
 
 def probe_pretrained(loaded, settings, process, autocast):
-    """kNN and linear probe of the frozen encoder, and of log-mel statistics, on the same split.
-    -> {features: {probe: scores}}"""
+    """kNN and linear probe of the frozen encoder on a labelled set, beside what every encoder must beat on the same
+    split: log-mel statistics, and the same encoder with random weights. -> {features: {probe: scores}}"""
     if not settings.dataset:
         raise ConfigError('a pre-trained checkpoint is probed on a labelled set: --dataset=NAME (or use --embed)')
     *parts, whole = task_splits(settings.dataset, settings.data_dir, settings.fold, settings.labels_per_class,
@@ -112,26 +119,43 @@ def probe_pretrained(loaded, settings, process, autocast):
     train, valid, test = parts
     mean, std = whole.statistics(loaded.spectrum['window'])
     spectrum = with_given_statistics({**loaded.spectrum, 'mean': mean, 'std': std}, settings)
+    longest = min(int(max(frames_in(part.length).max() for part in parts)), MAX_FRAMES)
+    torch.manual_seed(settings.seed)
+    untrained = Encoder(loaded.config).to(process.device).eval()
     how = {'batch_size': settings.batch_size, 'workers': settings.workers}
-    encoded = [features(loaded.encoder, part, spectrum, process, autocast, title='encoding', **how) for part in parts]
-    longest = int(max(frames_in(part.length).max() for part in parts))
-    whole = {**spectrum, 'frames': min(longest, MAX_FRAMES), 'repeat': False}       # the baseline may see whole clips
-    kinds = {'log-mel statistics': [log_mel_statistics(part, whole, process, **how) for part in parts],
-             'CLS': [part[0] for part in encoded], 'mean of patches': [part[1] for part in encoded]}
+
+    def of_encoder(encoder, pool):
+        return [features(encoder, part, spectrum, process, autocast, pool, settings.layer, title='encoding', **how)
+                for part in parts]
+    kinds = {'log-mel statistics': lambda: [
+        log_mel_statistics(part, {**spectrum, 'frames': longest, 'repeat': False}, process, **how) for part in parts]}
+    for pool in configurator.words(settings.pool):
+        check_size(sum(map(len, parts)), width(loaded.config, pool), pool)
+        kinds[f'random weights, {pool}'] = functools.partial(of_encoder, untrained, pool)
+        kinds[pool] = functools.partial(of_encoder, loaded.encoder, pool)
     targets = [part.targets(np.arange(len(part))) for part in parts]
     process.print(f'{settings.dataset}: {len(train):,} training, {len(valid):,} validation, {len(test):,} test clips; '
-                  f'{len(test.classes)} classes; {spectrum["frames"]} frames')
+                  f'{len(test.classes)} classes; whole clips in windows of {spectrum["frames"]} frames')
     results = {}
-    for kind, (x, v, t) in kinds.items():
+    for kind, found in kinds.items():
+        x, v, t = found()
         results[kind] = {}
         if not test.multi_label:
-            votes = knn_scores(x, train.label, t, len(train.classes))
+            near, far = standardised(x, t)
+            votes = knn_scores(near, train.label, far, len(train.classes))
             results[kind]['kNN'] = metrics(votes, targets[2], False)[0]
         logits, strength = linear_probe((x, targets[0]), (v, targets[1]), t, test.multi_label)
         results[kind]['linear probe'] = {**metrics(logits, targets[2], test.multi_label)[0], 'l2': strength}
-        process.print(f'{kind:20}'
+        process.print(f'{kind:22}'
                       + ''.join(f'{probe}: {describe(scores)}   ' for probe, scores in results[kind].items()))
     return results
+
+
+def check_size(clips, numbers, pool):
+    """Refuse features that no machine's memory is made for."""
+    if clips * numbers * 4 > MAX_FEATURE_BYTES:
+        raise ConfigError(f'pool = {pool}: {numbers:,} features of {clips:,} clips take {clips * numbers >> 28} GiB, '
+                          f'more than {MAX_FEATURE_BYTES >> 30}: use --pool=mean')
 
 
 def classify_files(loaded, settings, process, autocast):
@@ -157,32 +181,35 @@ def classify_files(loaded, settings, process, autocast):
 
 
 def write_embeddings(loaded, settings, process, autocast):
-    """An .npz with a row per clip, or per window with --window or --hop: names (N,), start (N,) seconds, cls (N, D),
-    mean (N, D) and patches (N, P, D) float16, P time-major; sound (N,) real frames."""
+    """An .npz with a row per clip, or per window with --window, --hop or --patches: names (N,), start (N,) seconds, and
+    a float32 array (N, F) for each pool, named after it: see scoring.features.feature_batches for their columns. Of a
+    prepared set also splits (N,), folds (N,) if it has any, labels (N,) index, -1 without one, or (N, classes) bool,
+    and classes. --patches: patches (N, P, D) float16, time-major, and sound (N,) real frames.
+    """
     if not settings.wav and not settings.dataset:
         raise ConfigError('--embed needs --dataset=NAME or --wav=FILE,...')
     folder = os.path.join(settings.data_dir, settings.dataset)
-    paths, errors = named_files(settings.wav) if settings.wav else [], []
+    paths, errors, beside = named_files(settings.wav) if settings.wav else [], [], {}
     check_output(settings.embed, '.npz', settings.ckpt, *(paths or [folder]))
     if paths:
         clips, errors = open_files(paths, settings.max_minutes, process)
     else:
         clips = open_clips([settings.dataset], settings.data_dir, sorted(read_meta(folder)['splits']))
-    if settings.window or settings.hop:
+    if settings.window or settings.hop or settings.patches:
         clips = in_windows(clips, settings, loaded.spectrum)
-    config = loaded.config
-    patches = loaded.spectrum['frames'] // config.patch_size * (config.n_mels // config.patch_size)
-    if len(clips) * patches * config.n_embd * 4 > MAX_EMBEDDING_BYTES:
-        raise ConfigError(f'patch embeddings of {len(clips):,} clips take more than {MAX_EMBEDDING_BYTES >> 30} GiB of '
-                          'memory: embed smaller sets')
-    cls, mean, patches, sound = embeddings(loaded.encoder, clips, loaded.spectrum, process, autocast, title='encoding',
-                                           batch_size=settings.batch_size, workers=settings.workers)
-    starts = (np.zeros(len(clips)) if clips.start is None else clips.start) / SAMPLE_RATE
-    if process.is_main:
-        with replacing(settings.embed, 'wb') as f:
-            np.savez(f, names=np.array(clips.keys()), start=starts, cls=cls, mean=mean,
-                     patches=patches.astype(np.float16), sound=sound.astype(np.int64))
-    process.print(f'{settings.embed}: names {len(clips)}, cls and mean {cls.shape}, patches {patches.shape}')
+    config, pools = loaded.config, configurator.words(settings.pool)
+    shapes = {pool: ((len(clips), width(config, pool)), np.float32) for pool in pools}
+    if settings.patches:
+        patches = loaded.spectrum['frames'] * config.n_mels // config.patch_size ** 2
+        shapes['patches'] = (len(clips), patches, config.n_embd), np.float16
+        beside['sound'] = frames_in(clips.length)
+    beside.update(names=np.array(clips.keys()), start=(0 if clips.start is None else clips.start) / SAMPLE_RATE
+                  + np.zeros(len(clips)), **({} if paths else labels_of(clips)))
+    batches = feature_batches(loaded.encoder, clips, loaded.spectrum, process, autocast, list(shapes), settings.layer,
+                              title='encoding', batch_size=settings.batch_size, workers=settings.workers)
+    write_arrays(settings.embed, shapes, batches, beside, process.is_main)
+    process.print(f'{settings.embed}: ' + ', '.join(f'{name} {shape}' for name, (shape, _) in shapes.items())
+                  + f'; {", ".join(beside)}')
     complain(errors, paths)
 
 
@@ -193,6 +220,9 @@ def check(settings):
     configurator.check_ranges(settings, **ranges.EVALUATE)
     if settings.window and settings.frames:
         raise ConfigError('--window and --frames both set the input length: give one')
+    pools = configurator.words(settings.pool)
+    if not pools or len(set(pools)) < len(pools) or not set(pools) <= set(POOLS):
+        raise ConfigError(f'pool = {settings.pool!r} must be of {", ".join(POOLS)}, each once')
     if settings.window and settings.window < WINDOW_SAMPLES / SAMPLE_RATE or 0 < settings.hop < 0.01:
         raise ConfigError(f'window = {settings.window} s must be at least 0.025, hop = {settings.hop} s at least 0.01')
 
@@ -213,6 +243,8 @@ def apply(settings, loaded, process):
             loaded.spectrum['frames'] = check_model(dataclasses.replace(loaded.config, frames=frames)).frames
         except ValueError as error:
             raise ConfigError(str(error)) from None
+    if settings.layer > loaded.config.n_layer:
+        raise ConfigError(f'layer = {settings.layer}, but {settings.ckpt} has {loaded.config.n_layer} blocks')
     loaded.spectrum = with_given_statistics(loaded.spectrum, settings)
     (loaded.classifier or loaded.encoder).to(process.device).eval()
 

@@ -70,6 +70,7 @@ loss = 'auto'                   # cross_entropy or bce; auto: bce for a multi-la
 max_bad_steps = 10              # updates in a row with a gradient that is not finite, before the run stops
 eval_interval = 200             # updates between two evaluations on the validation part
 log_interval = 20               # updates between two lines of the log
+loggers = ''                    # beside log.jsonl: tensorboard, wandb or both, separated by commas
 save_interval = 200             # updates between two checkpoints
 keep = 2                        # checkpoints to keep, beside the best
 device = 'auto'                 # cuda, mps or cpu; auto: the best there is
@@ -82,7 +83,7 @@ deterministic = False           # the same bits in every run on a GPU too, at so
 other_data = False              # go on although the data are not those that the run began with
 
 FREE_SETTINGS = ('out_dir', 'resume', 'overwrite', 'other_data', 'max_bad_steps', 'data_dir', 'ckpt', 'log_interval',
-                 'save_interval', 'keep', 'workers', 'accumulate')
+                 'save_interval', 'keep', 'workers', 'accumulate', 'loggers')
 HEAD_CHOICES = ('cls_position', 'pooling')      # fields of ASDAConfig that fine-tuning may change (Table 2)
 
 

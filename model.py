@@ -1,7 +1,8 @@
 """ASDA's network: differential attention, encoder, decoder, students and teacher with their losses, classifier.
 
 Wang et al., "ASDA: Audio Spectrogram Differential Attention Mechanism for Self-Supervised Representation Learning",
-Interspeech 2025, arXiv 2507.02666. Equations and sections are the paper's. `python model.py` prints parameter counts.
+Interspeech 2025, arXiv 2507.02666. Equations and sections are the paper's. `python model.py` prints it: parts,
+parameters, operations, shapes.
 
 This file imports PyTorch alone: it must not know audio, files, processes or kernels; `fast` replaces what has a faster
 form. Shapes: B clips, n students (views) of each, P patches of a clip on a (P/8, 8) grid of time x frequency, T kept
@@ -25,6 +26,7 @@ class ASDAConfig:
     diff_lambda: float = 0.3            # weight of the second attention map (Table 3); 0: plain attention, no Q2 and K2
     head_norm: str = 'per_head'         # the attention's LayerNorm: per_head (eq. 3), all (authors' code), none (EAT)
     attn_scale: float = 1.0             # factor on the attention's result after that LayerNorm; authors' code: 0.95
+    pos_scale: float = 1.0              # factor on the positions against the patches; the paper does not say
     pos_embed: str = '1d'               # fixed sine-cosine positions: 1d over the patch index, 2d over (time, mel)
     n_mels: int = 128                   # mel bands of the spectrogram
     patch_size: int = 16                # frames and mel bands of one square patch
@@ -155,7 +157,7 @@ class Encoder(nn.Module):
     def embed(self, spec):
         """(B, frames, n_mels) -> (B, P, D): patches in time-major order (t * columns + f) with their positions."""
         x = self.patch_embed(spec[:, None]).flatten(2).transpose(1, 2)
-        return x + self.positions[:x.shape[1]]
+        return x + self.config.pos_scale * self.positions[:x.shape[1]]
 
     def forward(self, spec, keep=None, draws=None, layers=False):
         """Encode whole clips, or the kept patches of views of them.
@@ -252,9 +254,10 @@ class ASDA(nn.Module):
         spec (B, frames, n_mels); mask (B, n, P) bool, True = masked, n_kept(P, mask_ratio) False in every view, or else
         RuntimeError; noise (B * n, P, D) for the masked places, in the decoder's type, drawn from N(0, mask_noise^2) if
         not given.
-        frame, utterance: the two losses. target_std, pred_std: standard deviation over the masked patches, of the
-        predictions for each clip's first student only, mean over channels (0 = collapse). explained: 1 - squared error
-        / variance of the targets, over the masked patches.
+        frame, utterance: the two losses. Over the masked patches: explained, 1 - squared error / variance of the
+        targets; place, the share of that variance that the mean target of each place over the clips holds; content,
+        1 - error / the rest, what is known beyond the place (NaN for one clip). target_std, pred_std: standard
+        deviations, mean over channels (0 = collapse), the latter of each clip's first student.
         """
         B, n, P = mask.shape
         D, T = self.config.n_embd, n_kept(P, self.config.mask_ratio)
@@ -272,12 +275,14 @@ class ASDA(nn.Module):
         frame_loss = (error * mask).sum() / mask.sum() / math.sqrt(D)       # eq. (5), over the masked patches alone
         loss = frame_loss + self.config.alpha * self.config.utterance_scale * utterance_loss            # eq. (6)
         with torch.no_grad():
-            target_variance = masked_variance(target, mask.sum(dim=1))
-            prediction_variance = masked_variance(prediction[:, 0], mask[:, 0])
-            explained = 1 - frame_loss * math.sqrt(D) / target_variance.sum()
+            times, error = mask.sum(dim=1), frame_loss * math.sqrt(D)       # how often a place is masked (B, P)
+            variance, predicted = masked_variance(target, times), masked_variance(prediction[:, 0], mask[:, 0])
+            around_place = (target - target.mean(dim=0)).square().sum(dim=-1) * (B / (B - 1) if B > 1 else math.nan)
+            rest = (around_place * times).sum() / times.sum()               # B / (B - 1): unbiased
         return loss, {
-            'frame': frame_loss.detach(), 'utterance': utterance_loss.detach(), 'explained': explained,
-            'target_std': target_variance.sqrt().mean(), 'pred_std': prediction_variance.sqrt().mean()}
+            'frame': frame_loss.detach(), 'utterance': utterance_loss.detach(), 'content': 1 - error / rest,
+            'place': 1 - rest / variance.sum(), 'explained': 1 - error / variance.sum(),
+            'target_std': variance.sqrt().mean(), 'pred_std': predicted.sqrt().mean()}
 
 
 def pool(x, pooling):
@@ -321,7 +326,5 @@ def count_parameters(module):           # trainable ones
 
 
 if __name__ == '__main__':
-    base = ASDAConfig()
-    print(f'{base}\ntrainable in pre-training: {count_parameters(ASDA(base)):,}')
-    print('classifier with 527 classes: '
-          f'{count_parameters(Classifier(dataclasses.replace(base, drop_path=0.1), 527)):,}')
+    from tools import describe  # with all that this file must not know
+    describe.main()

@@ -15,19 +15,16 @@ source can share the work: --shards=1/4, --shards=2/4, ..., then the same comman
 
 This file must not know the network, nor what a recipe does.
 """
-import collections
-import concurrent.futures
 import contextlib
 import errno
+import functools
 import hashlib
+import itertools
 import json
 import math
-import multiprocessing
 import os
 import re
-import signal
 import tempfile
-from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import torch
@@ -36,9 +33,10 @@ from tqdm import tqdm
 import configurator
 from audio import HOP_SAMPLES, WINDOWS, frames_in, making, samples_for
 from audio.clips import key_hash, read_meta
-from audio.decoding import NO_DECODER, decode, other_decoder
-from audio.sources import ARCHIVE_ERRORS, is_compressed_tar, read_bytes, reason_of
-from engine import processes
+from audio.decoding import NO_DECODER, Spilled, decode, other_decoder, pieces_of, to_pcm
+from audio.sources import ARCHIVE_ERRORS, content_of, is_compressed_tar, reason_of
+from audio.workers import AHEAD, Worker, in_order
+from engine import machine, processes
 from engine.errors import ConfigError, DataError
 from engine.files import printable, replacing
 from fast.spectrogram import fbank
@@ -48,14 +46,17 @@ from recipes import plan as every_source
 out_dir = ''            # where the set goes; default: data/ and the name of the recipe, of the AudioSet part or, for
                         # folder, of the source
 workers = -1            # processes that decode; -1: one per core, 0: none, all in this one
+memory = 0.0            # GB for all processes; larger clips go by way of the disk; 0: half of the machine's
 shards = ''             # i/n: make only the i-th of n shares of the shards, i from 1, for n machines; then run without
 overwrite = False       # make a set anew; the old one stays, and takes its space, until the new one is whole
 
 RECIPES = {'demo': demo, 'fsdd': fsdd, 'esc50': esc50, 'speechcommands': speechcommands, 'audioset': audioset,
            'folder': folder}
-RANGES = dict(max_bad=(0, 1), max_minutes=(0.01, 1e4), clips=(10, 10 ** 7), seed=(0, 2 ** 32 - 1))
-CHUNK = 4                                           # files that a worker takes at a time
-MINUTE = 6000                                       # frames
+RANGES = dict(memory=(0, 1e6), max_bad=(0, 1), max_minutes=(0.01, 1e4), clips=(10, 10 ** 7), seed=(0, 2 ** 32 - 1))
+FRAMES = 1000                                       # that are computed at a time
+PROCESS_BYTES = 100 << 20                           # what a process takes beside clips
+LEAST_BYTES = PROCESS_BYTES + (10 << 20)            # so that a clip of half a minute stays in memory
+NUMBERS = itertools.count()
 # A disk or network that fails, too many open files, no space: reasons to stop, not to leave a file out.
 NOT_THE_FILES_FAULT = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.ENOMEM,
                        errno.ETIMEDOUT, errno.ENOTCONN, errno.EROFS)
@@ -63,101 +64,32 @@ NOT_THE_FILES_FAULT = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errn
 
 # -------------------------------------------------------------------------------------------------------------- packing
 
-def pack_clip(place, max_seconds):
+def pack_clip(place, max_seconds, most=math.inf):
     """One file, or what a function computes, to (int16 samples, log-mel sums (windows, 2)), or to the reason why not, a
-    str."""
+    str. Samples of more than `most` bytes are Spilled."""
+    path = os.path.join(tempfile.gettempdir(), f'clip-{os.getpid()}-{next(NUMBERS)}')
+    collect = functools.partial(to_pcm, path=path, most=most)
     try:
-        wave = place[0](*place[1:]) if callable(place[0]) else decode(read_bytes(place), max_seconds)
+        if callable(place[0]):
+            pcm = collect([place[0](*place[1:])])
+        else:
+            with content_of(place) as content:
+                pcm = decode(content, max_seconds, collect)
     except (*ARCHIVE_ERRORS, ValueError, RuntimeError, TypeError, NotImplementedError, MemoryError) as error:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)
         if getattr(error, 'errno', None) in NOT_THE_FILES_FAULT:
             raise                                                           # or good clips would be skipped for good
         return reason_of(error)
-    pcm = np.clip(np.rint(wave * 32768), -32768, 32767).astype(np.int16)
-    centred = torch.from_numpy(pcm.astype(np.float32) / 32768)[None]
-    centred = centred - centred.mean()
+    mean = sum(int(part.sum(dtype=np.int64)) for part in pieces_of(pcm)) / 32768 / len(pcm)
     stats, last = np.zeros((len(WINDOWS), 2)), int(frames_in(len(pcm)))
-    for first in range(0, last, MINUTE):                                    # so that a long clip takes little memory
-        piece = centred[:, first * HOP_SAMPLES:samples_for(min(first + MINUTE, last))]
+    for first in range(0, last, FRAMES):                                    # so that a long clip takes little memory
+        piece = pcm[first * HOP_SAMPLES:samples_for(min(first + FRAMES, last))]
+        piece = torch.from_numpy(piece.astype(np.float32) / 32768)[None] - mean
         for i, window in enumerate(WINDOWS):
             x = fbank(piece, torch.tensor([piece.shape[1]]), window).double()
             stats[i] += x.sum().item(), x.square().sum().item()
     return pcm, stats
-
-
-def pack_chunk(places, max_seconds):
-    return [pack_clip(place, max_seconds) for place in places]
-
-
-def pack_in_order(places, max_seconds, pool):
-    """Yield pack_clip's result for every place, in order, computed by the pool's workers (None: in this process).
-
-    A file that crashes its decoder costs that file and no other.
-    """
-    chunks = collections.deque(places[i:i + CHUNK] for i in range(0, len(places), CHUNK))
-    waiting = collections.deque()
-    while chunks or waiting:
-        if pool is None:
-            yield from pack_chunk(chunks.popleft(), max_seconds)
-            continue
-        try:
-            while chunks and len(waiting) < 2 * pool.count:                 # few enough to bound the memory
-                waiting.append((chunks[0], pool.submit(chunks[0], max_seconds)))
-                chunks.popleft()
-            results = waiting[0][1].result()
-            waiting.popleft()
-        except BrokenProcessPool:                                           # a worker died, of any of these chunks
-            pool.restart()
-            chunks.extendleft(chunk for chunk, _ in reversed(waiting))
-            waiting.clear()
-            results = pack_one_by_one(chunks.popleft(), max_seconds)
-        yield from results
-
-
-def pack_one_by_one(chunk, max_seconds):
-    """After a crash: one file at a time in one process, so that only the culprit is lost."""
-    with Workers(1) as alone:
-        for place in chunk:
-            try:
-                yield alone.submit([place], max_seconds).result()[0]
-            except BrokenProcessPool:
-                alone.restart()
-                yield 'its decoder crashed'
-
-
-class Workers:
-    """A pool of decoding processes that can be started again after one has died."""
-
-    def __init__(self, count):
-        self.count, self.scratch = count, tempfile.TemporaryDirectory()
-        self.restart()
-
-    def restart(self):
-        self.pool = concurrent.futures.ProcessPoolExecutor(self.count, multiprocessing.get_context('spawn'),
-                                                           start_worker, (self.scratch.name,))
-
-    def submit(self, chunk, max_seconds):
-        """Start a worker too, if more can run. They never see Ctrl-C, not even before their imports: it goes to every
-        process of a terminal, and this one ends them."""
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-        try:
-            return self.pool.submit(pack_chunk, chunk, max_seconds)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, *_):
-        if kind and not issubclass(kind, Exception):                        # interrupted: not even their last files
-            for process in multiprocessing.active_children():
-                process.terminate()
-        self.pool.shutdown(wait=True, cancel_futures=True)
-        self.scratch.cleanup()                                              # of decoders that were ended in the middle
-
-
-def start_worker(scratch):
-    torch.set_num_threads(1)
-    tempfile.tempdir = scratch
 
 
 # --------------------------------------------------------------------------------------------------------------- shards
@@ -175,21 +107,36 @@ def prepare(plan, settings):
     with contextlib.ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(1)                                            # as in the workers: the same rounding
+        how = getattr(settings, 'max_minutes', math.inf) * 60, bytes_per_clip(settings)
+        folder = stack.enter_context(tempfile.TemporaryDirectory('', making.TEMPORARY, settings.work_dir))
+        workers = [stack.enter_context(contextlib.closing(Worker(folder))) for _ in range(settings.workers)]
+        if not workers:
+            stack.callback(setattr, tempfile, 'tempdir', tempfile.tempdir)
+            tempfile.tempdir = folder
         bar = stack.enter_context(tqdm(total=sum(len(rows) for _, rows in mine), unit='clip', mininterval=0.5,
                                        desc=f'preparing {printable(os.path.basename(settings.out_dir))}'))
-        pool = stack.enter_context(Workers(settings.workers)) if settings.workers else None
         for base, rows in mine:
             path = os.path.join(settings.work_dir, base)
             entries = [plan.entry(i) for i in rows]
             if is_made(path, entries, plan, settings):
                 bar.update(len(entries))
             else:
-                write_shard(path, entries, plan, settings, pool, bar)
+                places = [entry.place for entry in entries]
+                write_shard(path, entries, plan, settings, in_order(pack_clip, places, how, workers), bar)
     if settings.shards:
         print(f'share {settings.shards}: {len(mine)} of {len(every)} shards are in {settings.work_dir}; when all are, '
               'run the same command without --shards')
         return
     making.finish(plan, every, settings)
+
+
+def bytes_per_clip(settings):
+    """How large clips may be in memory, so that all processes together take what settings.memory allows.
+
+    In memory are AHEAD clips a process, two copies of the one that each makes or sends, and one that this one receives.
+    """
+    processes = max(settings.workers, 1)
+    return (settings.memory * 1e9 - processes * PROCESS_BYTES) / ((AHEAD + 2) * processes + 1)
 
 
 def share_of(text):
@@ -246,25 +193,26 @@ def is_made(path, entries, plan, settings):
                    for entry, stamp in zip(entries, stamps))
 
 
-def write_shard(path, entries, plan, settings, pool, bar):
-    """Decode the entries into path.pcm, then their index into path.npz, whose presence says that both are whole."""
+def write_shard(path, entries, plan, settings, results, bar):
+    """Write what pack_clip makes of the entries into path.pcm, then their index into path.npz, whose presence says that
+    both are whole."""
     stamps = [entry.stamp() for entry in entries]                           # before their bytes are read
     good, skipped, lengths, stats = [], [], [], []
     with contextlib.suppress(FileNotFoundError):
         os.remove(path + '.npz')                                            # of before: no index of another .pcm
     with replacing(path + '.pcm', 'wb') as f:
-        places = [entry.place for entry in entries]
-        longest = getattr(settings, 'max_minutes', math.inf) * 60
-        for entry, stamp, result in zip(entries, stamps, pack_in_order(places, longest, pool)):
+        for entry, stamp, result in zip(entries, stamps, results):
             bar.update()
             if isinstance(result, str):
                 skipped.append((entry.key, result, stamp))
                 continue
             pcm, sums = result
-            f.write(pcm.tobytes())
+            f.writelines(pieces_of(pcm))
             good.append(entry)
             lengths.append(len(pcm))
             stats.append(sums)
+            if isinstance(pcm, Spilled):
+                os.remove(pcm.path)
     lengths = np.array(lengths, np.int64)
     arrays = {
         'offsets': np.cumsum(lengths) - lengths, 'lengths': lengths, 'labels': labels_of(good, plan),
@@ -308,7 +256,12 @@ def configured(argv):
     settings.out_dir = os.path.normpath(settings.out_dir or os.path.join(
         'data', getattr(recipe, 'name', lambda _: name)(settings)))
     settings.work_dir = os.path.join(settings.out_dir, making.UNFINISHED)
-    settings.workers = (os.cpu_count() or 1) if settings.workers < 0 else settings.workers
+    settings.memory = settings.memory or machine.memory() / 2e9
+    if settings.workers < 0:
+        settings.workers = min(machine.cores(), max(int(settings.memory * 1e9 / LEAST_BYTES), 1))
+    if settings.memory * 1e9 < LEAST_BYTES * max(settings.workers, 1):
+        raise ConfigError(f'memory = {settings.memory:.3g} GB is too little for {settings.workers} workers: give '
+                          f'--memory={LEAST_BYTES * max(settings.workers, 1) / 1e9:.2g} or more, or fewer --workers')
     share_of(settings.shards)
     if settings.shards and settings.overwrite:
         raise ConfigError('--shards with --overwrite would delete what other machines have made: delete '

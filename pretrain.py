@@ -17,13 +17,13 @@ from torch.nn.parallel import DistributedDataParallel
 import configurator
 import data
 from audio import N_MELS, SAMPLE_RATE, WINDOWS
-from audio.clips import open_clips, read_meta
+from audio.clips import open_clips
 from engine import processes, randomness, ranges
 from engine import run as running
 from engine.errors import ROOT, ConfigError, RunError
 from fast import forms
 from model import ASDA, ASDAConfig, count_parameters, n_kept
-from scoring.monitor import labelled_clips, monitor
+from scoring.monitor import labelled_clips, watch, what_next
 
 out_dir = 'out/pretrain'        # checkpoints and log.jsonl go here
 resume = False                  # go on with the run in out_dir
@@ -37,6 +37,7 @@ norm_std = None                 # log-mel standard deviation; None: of the chose
 window = 'hamming'              # analysis window: hamming (paper) or hanning (authors' code)
 short_clips = 'pad'             # clips shorter than the input: pad with zeros, or join with other clips
                                 # until it is full
+init = ''                       # begin with this pre-trained checkpoint, ours or the authors', not at random
 seed = 1                        # decides on everything random
 max_steps = 400000              # updates
 batch_size = 48                 # clips of one update, over all processes and accumulated parts
@@ -56,6 +57,7 @@ max_bad_steps = 10              # updates in a row with a loss or gradient that 
 eval_dataset = ''               # a prepared labelled set for the kNN accuracy, of 2,000 clips at most; '': none
 eval_interval = 1000            # updates between two such evaluations; 0: at the end only
 log_interval = 10               # updates between two lines of the log
+loggers = ''                    # beside log.jsonl: tensorboard, wandb or both, separated by commas
 save_interval = 1000            # updates between two checkpoints
 keep = 2                        # checkpoints to keep
 device = 'auto'                 # cuda, mps or cpu; auto: the best there is
@@ -74,7 +76,7 @@ other_data = False              # go on although the data are not those that the
 # Settings that may differ when a run goes on, since they do not change its numbers.
 FREE_SETTINGS = ('out_dir', 'resume', 'overwrite', 'other_data', 'min_target_var', 'max_bad_steps', 'data_dir',
                  'eval_dataset', 'eval_interval', 'log_interval', 'save_interval', 'keep', 'workers', 'accumulate',
-                 'kernels')
+                 'kernels', 'loggers')
 COMPILE_MODES = {'default': False, 'reduce-overhead': True, 'max-autotune-no-cudagraphs': False,
                  'max-autotune': True}                      # whether they record CUDA graphs
 COLLAPSED = 0.05                # a variance of the targets, 1 when all is well, that deserves a warning
@@ -136,8 +138,7 @@ def make_optimizer(model, settings, process):
                   f'{"decay too" if settings.decay_vectors else "do not"}')
     groups = [{'params': matrices, 'weight_decay': settings.weight_decay},
               {'params': vectors, 'weight_decay': settings.weight_decay if settings.decay_vectors else 0.0}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(settings.beta1, settings.beta2), eps=1e-8,
-                             fused=True)
+    return torch.optim.AdamW(groups, lr=0.0, betas=(settings.beta1, settings.beta2), eps=1e-8, fused=True)
 
 
 def training_clips(settings, process):
@@ -217,6 +218,9 @@ def train(settings):
 
         torch.manual_seed(settings.seed)
         model = ASDA(config).to(process.device)
+        if settings.init and not run.resuming:
+            from checkpoints.opening import begin_with
+            begin_with(model, settings.init)
         process.print(f'{count_parameters(model):,} trainable parameters; {config.grid[0]} x {config.grid[1]} patches, '
                       f'{n_kept(math.prod(config.grid), config.mask_ratio)} of them kept by each of '
                       f'{config.n_students} students')
@@ -229,9 +233,9 @@ def train(settings):
         places = range(process.rank * per_process, (process.rank + 1) * per_process)    # of the global batch
         batches = data.PretrainBatches(clips, config.frames, settings.batch_size, places, settings.seed,
                                        join=spectrum['repeat'])
-        evaluate = labelled and (lambda: knn(run, labelled, spectrum, autocast))
+        evaluate = labelled and (lambda: watch(run, labelled, spectrum, autocast))
 
-        for step, batch in run.steps(batches):
+        for step, batch in run.steps(batches, evaluate):
             spec = data.log_mel(batch['pcm'], batch['lengths'], **spectrum)
             mask = masks(settings, config, step, process.device)[places.start:places.stop]
             noise = mask_noise(settings, config, step, places, process.device)
@@ -240,7 +244,7 @@ def train(settings):
             model.update_teacher(ema_decay_at(step, settings))              # and the teacher follows: their EMA
             if run.finish(step, measures, evaluate):                        # log, monitor, save, each when it is due
                 return
-    process.print(f'done: {settings.out_dir}/ckpt.pt\n{settings_next(settings)}')
+    process.print(f'done: {settings.out_dir}/ckpt.pt\n{what_next(settings)}')
 
 
 def spectrum_of(clips, config, settings):
@@ -255,8 +259,7 @@ def report(values, run):
     """The words of a step's line, and what the log is told beside the measures. Warns of a collapse, a teacher that
     gives every place the same target; ends the run if min_target_var says so.
 
-    Losses and the gradient are those of the whole batch; standard deviations and the explained share are means over its
-    parts.
+    Losses and the gradient are those of the whole batch; standard deviations and shares are means over its parts.
     """
     settings, step, variance = run.settings, values['step'] - 1, values['target_std'] ** 2
     values.update(lr=lr_at(step, settings), ema=ema_decay_at(step, settings))
@@ -267,29 +270,8 @@ def report(values, run):
     if variance < COLLAPSED:
         run.process.print(f'warning: the variance of the targets is {variance:.2g}, the teacher is collapsing: lower '
                           'lr or raise ema_start')
-    return f'loss {values["loss"]:.3f}  explained {values["explained"]:.1%}'
-
-
-def knn(run, labelled, spectrum, autocast):
-    """The kNN accuracy of the student's frozen features."""
-    settings, encoder = run.settings, run.model.encoder
-    scores = monitor(encoder, labelled, spectrum, run.process, autocast, settings.workers)
-    run.process.print(f'step {run.done:,}: kNN accuracy on {settings.eval_dataset} (chance {scores["chance"]:.1%}): '
-                      f'CLS {scores["knn_cls"]:.1%}, patches {scores["knn_patches"]:.1%}; '
-                      f'effective rank {scores["effective_rank"]:.1f} of {encoder.config.n_embd}')
-    run.note(scores, **scores)
-
-
-def settings_next(settings):
-    """What to type next."""
-    name = settings.eval_dataset or configurator.words(settings.dataset)[0]
-    if not read_meta(os.path.join(settings.data_dir, name))['classes']:
-        return f'next:  python eval.py --ckpt={settings.out_dir}/ckpt.pt --dataset={name} --embed=embeddings.npz'
-    lines = [f'next:  python eval.py --ckpt={settings.out_dir}/ckpt.pt --dataset={name}      # kNN and linear probe']
-    config = f'config/finetune_{name}.py'
-    if os.path.exists(os.path.join(ROOT, config)):
-        lines.append(f'       python finetune.py {config} --ckpt={settings.out_dir}/ckpt.pt')
-    return '\n'.join(lines)
+    return (f'loss {values["loss"]:.3f}  content {values["content"]:.1%}  place {values["place"]:.1%}'
+            if math.isfinite(values['content']) else f'loss {values["loss"]:.3f}')
 
 
 def run(argv):

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy import ndarray
@@ -17,7 +17,6 @@ from engine.errors import DataError
 from engine.randomness import random
 
 FORMAT_VERSION = 1
-MAX_OPEN_SHARDS = 128       # memory maps that a process keeps, each a file descriptor; AudioSet has some 930 shards
 # Arrays of a shard, a row per clip: their name here, type when written, kinds that are read, and shape behind the first
 # axis. Beside them: keys, skipped and plan.
 STORED = {'offsets': ('offset', np.int64, 'i', ()), 'lengths': ('length', np.int64, 'i', ()),
@@ -30,7 +29,7 @@ STORED = {'offsets': ('offset', np.int64, 'i', ()), 'lengths': ('length', np.int
 class Clips:
     """Chosen clips of one or more prepared sets, or of waves in memory: arrays with an entry per clip, and where the
     samples are."""
-    shards: list                # paths of shards without suffix, memory-mapped when read; of waves the samples
+    shards: list                # paths of shards without suffix; of waves the samples
     metas: list                 # the sets' meta.json; none of waves
     offset: ndarray             # of the clip in its shard, samples
     length: ndarray = None      # samples
@@ -43,7 +42,6 @@ class Clips:
     key: ndarray = None         # names of waves
     clip: ndarray = None        # of windows: the index of the clip that each is cut from,
     start: ndarray = None       # and where in it the window begins, samples
-    opened: dict = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of_waves(cls, waves, keys):
@@ -54,9 +52,6 @@ class Clips:
 
     def __len__(self):
         return len(self.offset)
-
-    def __getstate__(self):                                                 # a worker process opens the shards itself
-        return {**vars(self), 'opened': {}}
 
     @property
     def classes(self):
@@ -74,21 +69,22 @@ class Clips:
     def read(self, i, start=0, count=None):
         """int16 samples of clip i, at most count of them from start."""
         shard, offset, length = int(self.shard[i]), int(self.offset[i]), int(self.length[i])
-        if shard not in self.opened:
-            if len(self.opened) == MAX_OPEN_SHARDS:
-                del self.opened[next(iter(self.opened))]
-            pcm = self.shards[shard]                                        # the path of a file, or its samples
-            self.opened[shard] = pcm if isinstance(pcm, ndarray) else np.memmap(pcm + '.pcm', np.int16, 'r')
-        stop = length if count is None else min(length, start + count)
-        return np.asarray(self.opened[shard][offset + start:offset + stop])
+        count = max(min(length - start, length if count is None else count), 0)
+        if isinstance(self.shards[shard], ndarray):
+            return self.shards[shard][offset + start:offset + start + count]
+        path = self.shards[shard] + '.pcm'                                  # opened anew: AudioSet has some 930 shards
+        wave = np.fromfile(path, np.int16, count, offset=2 * (offset + start))
+        if len(wave) < count:
+            raise DataError(f'{path} is shorter than its index says: delete both and prepare the set again')
+        return wave
 
-    def windows(self, samples, hop):
+    def windows(self, samples, hop, spare=16 * HOP_SAMPLES):
         """These clips cut into windows of so many samples, one every hop samples and the last at the clip's end.
 
-        A tail of less than one patch behind the last window is left out, unless hop is finer than that. -> Clips with
-        clip and start.
+        A tail of at most `spare` samples (a patch) behind the last window is left out, unless hop is finer than that.
+        -> Clips with clip and start.
         """
-        spare = 16 * HOP_SAMPLES if hop >= 16 * HOP_SAMPLES else 0
+        spare = spare if hop >= spare else 0
         counts = 1 + -(-np.maximum(self.length - samples - spare, 0) // hop)
         clip = np.repeat(np.arange(len(self)), counts)
         windows = self.select(clip)

@@ -1,4 +1,5 @@
 """The bytes of an audio file of any format -> mono waveform at 16 kHz. All of it is hostile input."""
+import contextlib
 import fractions
 import functools
 import io
@@ -15,11 +16,12 @@ import torchaudio
 
 from audio import SAMPLE_RATE, WINDOW_SAMPLES
 from audio.headers import ONLY_FFMPEG, demuxer_of, missing_bytes, mp3_start
-from audio.sources import MAX_FILE_BYTES, read_bytes, reason_of
+from audio.sources import MAX_FILE_BYTES, content_of, reason_of
 from engine.errors import DataError
 
 MAX_SAMPLES = 1 << 27                               # of a file, before resampling: 46 minutes at 48 kHz
 MAX_CHANNELS = 64
+PIECE = 1 << 20                                     # samples of all channels that are decoded at a time
 MIN_RATE, MAX_RATE = 1000, 768000                   # Hz
 # Float samples reach 1 at full scale, a hot master 1.4, a lossy decoder 2 or 3. From 8 (18 dB above full scale) they
 # are on another scale; one of int16 values below 8 is silence to its own 12th bit.
@@ -30,46 +32,69 @@ CANCELLED = 1e-4
 NO_DECODER = 'needs torchcodec or the ffmpeg program, and neither is installed'
 
 
-def decode(content, max_seconds):
+def decode(content, max_seconds, collect=lambda pieces: np.concatenate([np.zeros(0, np.float32), *pieces])):
     """The bytes of an audio file -> mono float32 waveform at 16 kHz: the mean of the channels, or the loudest of
     channels that cancel each other.
 
-    By soundfile; what it cannot open by torchcodec or the ffmpeg program. Raises ValueError, RuntimeError, OSError.
+    By soundfile; what it cannot open by torchcodec or the ffmpeg program. content: bytes or a Section. collect: makes
+    the result of the waveform's pieces, an iterator; it is called again if channels turn out to cancel each other.
+    Raises ValueError, RuntimeError, OSError.
     """
     missing = missing_bytes(content)
     if missing:
         raise ValueError(f'cut short: its header promises {missing:,} more bytes')
-    wave, rate = decoded(content, max_seconds)
-    if rate != SAMPLE_RATE:
-        # The filter bank of a rate like 44101 Hz would take gigabytes; the nearest fraction is off by 0.02 % at most.
-        ratio = fractions.Fraction(rate, SAMPLE_RATE).limit_denominator(4000)
-        wave = torchaudio.functional.resample(torch.from_numpy(wave), ratio.numerator, ratio.denominator).numpy()
+    for pieces, rate in takes(content, max_seconds):                        # the last one counts
+        wave = collect(resampled(pieces, rate))
     if len(wave) < WINDOW_SAMPLES:
         raise ValueError(f'{len(wave)} samples at 16 kHz, shorter than one window of {WINDOW_SAMPLES}')
     return wave
 
 
-def decoded(content, max_seconds):
-    """-> mono waveform (n,), its rate; by the first decoder that can open the file. One that opens it and then finds it
-    damaged has the last word."""
-    demuxer = demuxer_of(content)
+def resampled(pieces, rate):
+    """Yield pieces of a waveform at 16 kHz, of pieces at a rate. As if it were resampled whole: each piece has as much
+    of its neighbours beside it as the filter sees."""
+    # The filter bank of a rate like 44101 Hz would take gigabytes; the nearest fraction is off by 0.02 % at most.
+    ratio = fractions.Fraction(rate, SAMPLE_RATE).limit_denominator(4000)
+    up, down, held, before = ratio.denominator, ratio.numerator, np.zeros(0, np.float32), 0
+
+    def resample(wave):
+        return torchaudio.functional.resample(torch.from_numpy(wave), down, up).numpy()
+    # torchaudio's filter sees up to 7 samples of the lower rate on either side, and begins anew every `down` samples.
+    margin = -(-7 * -(-down // up) // down) * down
+    for piece in pieces:
+        if up == down:
+            yield piece
+            continue
+        held = np.concatenate([held, piece])                                # of that `before` is neighbours
+        if len(held) > PIECE:
+            ready = (len(held) - before - margin) // down * down
+            yield resample(held[:before + ready + margin])[before // down * up:][:ready // down * up]
+            held, before = held[before + ready - margin:], margin
+    if up != down and len(held):
+        yield resample(held)[before // down * up:]
+
+
+def takes(content, max_seconds):
+    """Yield (pieces (n,) of a mono waveform, rate) by the first decoder that can open the file, as often as mono does.
+    A decoder that opens it and then finds it damaged has the last word."""
+    file, demuxer = None, demuxer_of(content)
     try:
-        file = Stream(io.BytesIO(content))
+        file = stream_of(content)
     except soundfile.LibsndfileError as error:
         start = None if demuxer else mp3_start(content)
         if start:                                                           # an mp3 with junk ahead of it
-            return decoded(content[start:], max_seconds)
+            yield from takes(content[start:], max_seconds)
+            return
         if demuxer is None:
             raise
         if other_decoder() is None:
             raise ValueError(f'{demuxer} format: {NO_DECODER}' if demuxer in ONLY_FFMPEG else
                              f'{reason_of(error)} (ffmpeg, which might read it, is not installed)') from None
-        return by_another(content, demuxer, max_seconds)
-    with file:
-        wave, rate = by_soundfile(file, content, max_seconds)
-    if not len(wave) and demuxer and other_decoder():                       # a recorder that crashed leaves a size of 0
-        return by_another(content, demuxer, max_seconds)
-    return wave, rate
+    if file is None or not file.frames and demuxer and other_decoder():     # a recorder that crashed leaves a size of 0
+        yield from by_another(content, demuxer, max_seconds)
+    else:
+        with file:
+            yield from by_soundfile(file, content, max_seconds)
 
 
 class Stream(soundfile.SoundFile):
@@ -83,8 +108,12 @@ class Stream(soundfile.SoundFile):
         return False
 
 
+def stream_of(content):
+    return Stream(io.BytesIO(content) if isinstance(content, bytes) else io.BufferedReader(content, 1 << 16))
+
+
 def by_soundfile(file, content, max_seconds):
-    """-> mono waveform (n,), its rate"""
+    """Yield (pieces of a mono waveform, rate), once or twice, see mono."""
     check_rate(file.samplerate)
     if file.channels > MAX_CHANNELS:
         raise ValueError(f'{file.channels} channels')
@@ -98,13 +127,14 @@ def by_soundfile(file, content, max_seconds):
         if file.format == 'MP3' or file.tell():
             file.seek(0)
         read = 0
-        most = max(1, (1 << 20) // file.channels)
+        most = max(1, PIECE // file.channels)
         while len(block := file.read(min(most, end - read), dtype='float32', always_2d=True)):
             read += len(block)
             check_length(read, file.samplerate, max_seconds)
             yield block
         check_whole(file, content, read)
-    return mono(blocks), file.samplerate
+    for pieces in mono(blocks):
+        yield pieces, file.samplerate
 
 
 def check_whole(file, content, read):
@@ -120,25 +150,60 @@ def check_whole(file, content, read):
 
 
 def mono(blocks):
-    """A function that yields blocks (n, channels) -> (samples,): the mean of the channels, or the loudest of channels
-    that cancel each other (one is the other's inverse). Raises ValueError of samples that are not finite or on another
-    scale."""
-    means, power = [np.zeros(0, np.float32)], np.zeros(2)
-    for block in blocks():
-        peak = np.abs(block).max(initial=0)
-        if not np.isfinite(peak):
-            raise ValueError('NaN or infinite samples')
-        if peak > MAX_PEAK:
-            raise ValueError(f'a peak of {peak:g} where full scale is 1: samples on another scale')
-        means.append(block.mean(axis=1))
-        if block.shape[1] > 1 and len(block):
-            rows = np.vstack([means[-1][::7], block[::7].T])                # enough to tell their power
-            rows -= rows.mean(axis=1, keepdims=True)                        # a constant offset is no sound
-            power = np.einsum('cn,cn->c', rows, rows) + (power if power.any() else 0)
+    """Of a function that yields blocks (n, channels): yield the pieces (n,) of the channels' mean, an iterator; then,
+    if channels cancel each other (one is the other's inverse), those of the loudest. Raises ValueError of samples that
+    are not finite or on another scale."""
+    power = np.zeros(2)
+
+    def means():
+        nonlocal power
+        for block in blocks():
+            peak = np.abs(block).max(initial=0)
+            if not np.isfinite(peak):
+                raise ValueError('NaN or infinite samples')
+            if peak > MAX_PEAK:
+                raise ValueError(f'a peak of {peak:g} where full scale is 1: samples on another scale')
+            mean = block.mean(axis=1)
+            if block.shape[1] > 1 and len(block):
+                rows = np.vstack([mean[::7], block[::7].T])                 # enough to tell their power
+                rows -= rows.mean(axis=1, keepdims=True)                    # a constant offset is no sound
+                power = np.einsum('cn,cn->c', rows, rows) + (power if power.any() else 0)
+            yield mean
+    yield means()
     loudest = int(power[1:].argmax())
     if power[0] < CANCELLED * power[1 + loudest]:
-        return np.concatenate([block[:, loudest] for block in blocks()])
-    return np.concatenate(means)
+        yield (block[:, loudest] for block in blocks())
+
+
+def to_pcm(pieces, path, most):
+    """Pieces of a waveform -> int16 samples (n,): an array or, of more than `most` bytes, Spilled into a new file."""
+    parts, size, file = [], 0, None
+    with contextlib.ExitStack() as stack:
+        for piece in pieces:
+            parts.append(np.clip(np.rint(piece * 32768), -32768, 32767).astype(np.int16))
+            size += parts[-1].nbytes
+            if size > most:
+                file = file or stack.enter_context(open(path, 'wb'))
+                file.writelines(parts)
+                parts.clear()
+    return np.concatenate(parts or [np.zeros(0, np.int16)]) if file is None else Spilled(path)
+
+
+class Spilled:
+    """int16 samples in a file, which slices read; from process to process goes its path. Whoever is done deletes it."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __len__(self):
+        return os.path.getsize(self.path) // 2
+
+    def __getitem__(self, part):
+        return np.fromfile(self.path, np.int16, part.stop - part.start, offset=2 * part.start)
+
+
+def pieces_of(pcm):
+    return (pcm[i:min(i + PIECE, len(pcm))] for i in range(0, len(pcm), PIECE))
 
 
 def check_rate(rate):
@@ -167,17 +232,20 @@ def other_decoder():
 
 
 def by_another(content, demuxer, max_seconds):
-    """-> mono waveform (n,), its rate"""
+    """Yield what by_soundfile does. torchcodec would begin anew for each piece: it holds the samples of all channels,
+    at most MAX_SAMPLES."""
     decoder = other_decoder()
     if isinstance(decoder, str):
-        return by_ffmpeg(decoder, content, demuxer, max_seconds)
-    decoder = decoder(content)
+        yield from by_ffmpeg(decoder, content, demuxer, max_seconds)
+        return
+    decoder = decoder(content[:len(content)])
     rate, channels = decoder.metadata.sample_rate, decoder.metadata.num_channels
     check_rate(rate)
     seconds = min(max_seconds + 1, MAX_SAMPLES / (rate * channels))         # what all channels take in memory
     samples = decoder.get_samples_played_in_range(0, seconds)               # data (channels, n)
     check_length(samples.data.numel(), rate * channels, min(max_seconds, seconds * 0.999))
-    return mono(lambda: [samples.data.float().T.numpy()]), samples.sample_rate
+    for pieces in mono(lambda: [samples.data.float().T.numpy()]):
+        yield pieces, samples.sample_rate
 
 
 def by_ffmpeg(program, content, demuxer, max_seconds):
@@ -185,7 +253,8 @@ def by_ffmpeg(program, content, demuxer, max_seconds):
     with tempfile.TemporaryDirectory() as folder:
         source, output = os.path.join(folder, 'in'), os.path.join(folder, 'out.wav')
         with open(source, 'wb') as f:                                       # a file, since m4a needs to be sought in
-            f.write(content)
+            for i in range(0, len(content), PIECE):
+                f.write(content[i:i + PIECE])
         command = [program, '-nostdin', '-v', 'error', '-protocol_whitelist', 'file', '-f', demuxer, '-i', source,
                    '-map', '0:a:0', '-t', str(max_seconds + 1), '-fs', str(MAX_FILE_BYTES), '-c:a', 'pcm_f32le',
                    output]
@@ -199,14 +268,14 @@ def by_ffmpeg(program, content, demuxer, max_seconds):
         if lines or result.returncode or not os.path.exists(output):        # what it says at this level is damage
             said = re.sub(r'\[[^]]*\] *', '', lines[-1]) if lines else 'failed'          # without addresses
             raise ValueError(f'ffmpeg: {said}')
-        wave = read_bytes(('file', output))
-        with Stream(io.BytesIO(wave)) as file:
-            return by_soundfile(file, wave, max_seconds)
+        with content_of(('file', output)) as wave, stream_of(wave) as file:
+            yield from by_soundfile(file, wave, max_seconds)
 
 
 def decode_file(path, max_seconds=3600):
     """decode() of a file on disk, for the other stages. Raises DataError, which names the file."""
     try:
-        return decode(read_bytes(('file', path)), max_seconds)
+        with content_of(('file', path)) as content:
+            return decode(content, max_seconds)
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         raise DataError(f'cannot read {path}: {reason_of(error)}') from None

@@ -21,7 +21,7 @@ CHUNKS = {b'RIFF': (12, 0, 4, 8, 8, 'little', 2, 0), b'RIFX': (12, 0, 4, 8, 8, '
           b'ftyp': (0, 4, 0, 4, 8, 'big', 1, 8)}
 SOUND = (b'data', b'SSND', b'BODY', b'mdat')        # the chunks that hold the samples
 MAX_CHUNKS = 100_000
-MAX_JUNK = 1 << 20                                  # bytes ahead of an mp3's first frame
+MAX_JUNK = 1 << 20                                  # bytes ahead of an mp3's first frame, or behind an Ogg's last page
 KBITS = {(3, 1): (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),       # (version, layer) of MPEG
          (3, 2): (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
          (2, 1): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)}
@@ -36,7 +36,8 @@ def missing_bytes(content):
     """How many bytes of sound a header promises beyond the file's end: a file that was cut short. 0 if it is whole, or
     if that cannot be told: a pipe writes sizes that no file has (0, or from 2 GiB to -1)."""
     if content[:4] == b'OggS':
-        last = content.rfind(b'OggS')                                       # a page: 27 bytes, lengths, as many bytes
+        start = max(len(content) - MAX_JUNK, 0)
+        last = max(start + content[start:len(content)].rfind(b'OggS'), 0)   # a page: 27 bytes, lengths, as many bytes
         count = int.from_bytes(content[last + 26:last + 27], 'big')
         return max(last + 27 + count + sum(content[last + 27:last + 27 + count]) - len(content), 0)
     if content[:4] == b'.snd':

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -20,6 +21,7 @@ from audio.decoding import NO_DECODER
 from engine.errors import ConfigError, DataError
 from engine.files import fsync_folder, locked, printable, replacing
 
+TEMPORARY = 'temporary-'                            # a folder in that: clips too long for memory, ffmpeg's files
 UNFINISHED = '.unfinished'                          # the folder inside the set's that it is made in
 CACHED = r'source-[0-9a-f]{8}\.(zip|tar|tgz|csv)'   # a download or decompressed archive, until the set is complete
 SHARD = r'(train|valid|test|eval)-\d{5}\.(npz|pcm)'
@@ -93,7 +95,9 @@ def move_in(work_dir, out_dir):
 def remove_unfinished(work_dir):
     """Delete what an unfinished preparation has left, then its folder if it is empty."""
     for file in os.listdir(work_dir) if os.path.isdir(work_dir) else ():
-        if re.fullmatch(rf'({NAMES.pattern}|{CACHED})(\.tmp)?', file):
+        if file.startswith(TEMPORARY):                                      # of one that was killed
+            shutil.rmtree(os.path.join(work_dir, file), ignore_errors=True)
+        elif re.fullmatch(rf'({NAMES.pattern}|{CACHED})(\.tmp)?', file):
             os.remove(os.path.join(work_dir, file))
     remove_if_empty(work_dir)
 
@@ -104,7 +108,6 @@ def alone(settings, share):
 
     share: a name for this machine's share; '' for all.
     """
-    shares = os.path.join(settings.work_dir, 'share-')
     shares, new = os.path.join(settings.work_dir, 'share-'), [settings.work_dir]
     while not os.path.exists(above := os.path.dirname(new[-1]) or '.'):
         new.append(above)

@@ -5,8 +5,8 @@ ever used as a path; sizes are bounded whatever a header says.
 """
 import codecs
 import collections
+import contextlib
 import errno
-import functools
 import hashlib
 import io
 import lzma
@@ -14,7 +14,9 @@ import os
 import pathlib
 import re
 import stat
+import struct
 import tarfile
+import tempfile
 import zipfile
 import zlib
 from array import array
@@ -25,6 +27,7 @@ from engine.errors import DataError
 from engine.files import printable, replacing
 
 MAX_FILE_BYTES = 1 << 30                            # no audio file of a set is larger
+WHOLE = 16 << 20                                    # files up to this size are read at once
 MAX_ARCHIVE_RATIO = 100                             # what grows more than this when it is decompressed is hostile ...
 HARMLESS_BYTES = 32 << 20                           # ... if it grows to more than this: silence compresses well
 MAX_HEADER_BYTES = 1 << 20                          # of a tar's long names
@@ -65,18 +68,20 @@ class Files:
 
     def __init__(self, kind, path):
         self.kind, self.path = kind, path                                   # folder, zip or tar
-        self.names, self.offsets, self.sizes = Strings(), array('q'), array('q')
+        self.names = Strings()
+        # in a tar: where the file begins, its bytes; in a zip: where its header begins, its bytes there, its bytes, how
+        # they are compressed, their checksum
+        self.columns = [array(code) for code in {'folder': '', 'tar': 'qI', 'zip': 'qIIHI'}[kind]]
         self.left_out = {}                                                  # reason: [how many, the first name]
 
-    def add(self, name, offset=0, size=0):
-        """offset: in a tar the byte where the file begins, in a zip its number; size: in a zip its checksum."""
+    def add(self, name, *where):
         if HIDDEN.search(name):
             if is_audio(name):
                 self.leave_out('audio files under hidden names', name)
             return
         self.names.append(name)
-        self.offsets.append(offset)
-        self.sizes.append(size)
+        for column, value in zip(self.columns, where):
+            column.append(min(value, 1 << 62 if column.typecode == 'q' else 0xffffffff))     # more is a lie
 
     def leave_out(self, reason, name):
         self.left_out.setdefault(reason, [0, name])[0] += 1
@@ -85,9 +90,7 @@ class Files:
         """What read_bytes wants to know of file i."""
         if self.kind == 'folder':
             return 'file', os.path.join(self.path, self.names[i])
-        if self.kind == 'zip':
-            return 'zip', self.path, self.offsets[i], self.sizes[i]
-        return 'tar', self.path, self.offsets[i], self.sizes[i]
+        return self.kind, self.path, *(column[i] for column in self.columns)
 
     def audio(self):
         """Yield (index, name) of every audio file, by its suffix."""
@@ -214,12 +217,23 @@ def kind_of_entry(entry):
 
 
 def list_zip(path):
+    """Its directory is read once, here, and not kept: of two million files it would take a gigabyte."""
     found = Files('zip', path)
-    with zipfile.ZipFile(path) as archive:
-        for i, info in enumerate(archive.infolist()):
+
+    class Directory(zipfile.ZipFile):
+        NameToInfo = filelist = property(lambda self: self, lambda self, value: None)       # its list, and its dict
+
+        def append(self, info):
             name = info.filename.replace('\\', '/')                         # some are made with Windows' separators
             if not name.endswith('/'):
-                found.add(name, i, info.CRC)
+                found.add(name, info.header_offset, info.compress_size, info.file_size, info.compress_type, info.CRC)
+
+        def __setitem__(self, name, info):
+            pass
+
+        def __iter__(self):
+            return iter(())
+    Directory(path).close()
     return found
 
 
@@ -282,30 +296,103 @@ def cache_name(origin, suffix):
     return f'source-{hashlib.sha256(origin.encode("utf-8", "surrogateescape")).hexdigest()[:8]}.{suffix}'
 
 
-@functools.lru_cache(maxsize=4)
-def open_zip(path, modified):
-    """modified: when, so that a file that has been replaced is opened anew."""
-    return zipfile.ZipFile(path)
+class Section(io.RawIOBase):
+    """Bytes of an open file from start on, read where they lie when they are asked for: a stream, and with slices.
+
+    A slice with an end gives bytes, one without another Section.
+    """
+
+    def __init__(self, file, start, size, errors=None):
+        self.file, self.start, self.place = file, start, 0
+        self.size = max(min(size, os.fstat(file.fileno()).st_size - start), 0)
+        self.errors = [] if errors is None else errors                      # soundfile loses those of a stream
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, part):
+        first, last, _ = part.indices(self.size)
+        if part.stop is None:
+            return Section(self.file, self.start + first, self.size - first, self.errors)
+        try:
+            return os.pread(self.file.fileno(), max(last - first, 0), self.start + first)
+        except OSError as error:
+            self.errors.append(error)
+            raise
+
+    def readinto(self, buffer):
+        content = self[self.place:self.place + len(buffer)]
+        buffer[:len(content)] = content
+        self.place += len(content)
+        return len(content)
+
+    def seek(self, offset, whence=os.SEEK_SET):
+        self.place = offset + (0, self.place, self.size)[whence]
+        return self.place
+
+    def tell(self):
+        return self.place
+
+    def readable(self):
+        return True
+
+    seekable = readable
+
+
+@contextlib.contextmanager
+def content_of(place):
+    """The bytes of one file: bytes, or of more than WHOLE a Section of the file. Raises ValueError if there are more
+    than MAX_FILE_BYTES, whatever a header says."""
+    kind, path, *inside = place
+    limit, start, size = MAX_FILE_BYTES, 0, MAX_FILE_BYTES + 1
+    with contextlib.ExitStack() as stack:
+        file = stream = stack.enter_context(open(path, 'rb'))
+        if kind == 'zip':
+            stream = stack.enter_context(open_member(file, *inside))
+            limit = min(limit, max(HARMLESS_BYTES, inside[1] * MAX_ARCHIVE_RATIO))
+        elif kind == 'tar':
+            start, size = inside
+            file.seek(start)
+        content = stream.read(min(size, limit + 1, WHOLE + 1))
+        if len(content) <= min(limit, WHOLE):
+            yield content
+            return
+        if stream is not file or not file.seekable():                       # compressed, or a pipe
+            file, start = stack.enter_context(tempfile.TemporaryFile()), 0
+            while content and file.tell() <= limit:
+                file.write(content)
+                content = stream.read(WHOLE)
+            file.flush()
+        section = Section(file, start, size)
+        if len(section) > limit:
+            raise ValueError(f'larger than {limit >> 20} MiB' if limit == MAX_FILE_BYTES else
+                             f'grows more than {MAX_ARCHIVE_RATIO} times when decompressed')
+        try:
+            yield section
+        finally:
+            for error in section.errors:
+                raise error
+
+
+def open_member(file, offset, packed, size, method, checksum):
+    """A member of a zip as a stream, found without the directory. It ends with an error if it has another checksum."""
+    file.seek(offset)
+    header = file.read(30)
+    if len(header) < 30 or header[:4] != b'PK\3\4':
+        raise zipfile.BadZipFile('there is no member where the directory says')
+    flags, name, extra = struct.unpack('<6xH18xHH', header)
+    if flags & 0x61:
+        raise ValueError('encrypted, or a patch to another file')
+    file.seek(name + extra, os.SEEK_CUR)
+    info = zipfile.ZipInfo()
+    info.compress_size, info.file_size, info.compress_type, info.CRC = packed, size, method, checksum
+    return zipfile.ZipExtFile(file, 'r', info)
 
 
 def read_bytes(place):
-    """The bytes of one file, at most MAX_FILE_BYTES whatever a header says. Raises ValueError if there are more."""
-    kind, path = place[:2]
-    limit = MAX_FILE_BYTES
-    if kind == 'zip':
-        archive = open_zip(path, os.stat(path).st_mtime_ns)
-        member = archive.infolist()[place[2]]
-        limit = min(limit, max(HARMLESS_BYTES, member.compress_size * MAX_ARCHIVE_RATIO))
-        with archive.open(member) as f:
-            content = f.read(limit + 1)
-    else:
-        with open(path, 'rb') as f:
-            f.seek(place[2] if kind == 'tar' else 0)
-            content = f.read(min(place[3], limit + 1) if kind == 'tar' else limit + 1)
-    if len(content) > limit:
-        raise ValueError(f'larger than {limit >> 20} MiB' if limit == MAX_FILE_BYTES else
-                         f'grows more than {MAX_ARCHIVE_RATIO} times when decompressed')
-    return content
+    """The bytes of one file, however many; for what content_of raises see there."""
+    with content_of(place) as content:
+        return content[:len(content)]
 
 
 def open_text(place):

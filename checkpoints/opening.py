@@ -14,6 +14,10 @@ from engine.ranges import check_model
 from fast import forms
 from model import ASDA, ASDAConfig, Classifier
 
+# What an encoder computes beside what its weights' shapes say.
+ENCODES = ('n_layer', 'n_embd', 'n_head', 'diff_lambda', 'head_norm', 'attn_scale', 'pos_embed', 'pos_scale',
+           'patch_size', 'n_mels', 'cls_position', 'decoder_layers', 'decoder_groups')
+
 
 @dataclass
 class Loaded:
@@ -25,6 +29,7 @@ class Loaded:
     classes: list | None
     multi_label: bool | None
     settings: dict
+    pretrained: ASDA | None         # decoder and teacher too
 
 
 def open_checkpoint(path):
@@ -77,7 +82,20 @@ def loaded(model, spectrum, classes=None, multi_label=None, settings=()):
     if is_classifier:
         in_float32(model.head_norm, model.head)
     return Loaded(model.encoder, model if is_classifier else None, model.config, spectrum, classes, multi_label,
-                  dict(settings))
+                  dict(settings), None if is_classifier else model)
+
+
+def begin_with(model, path):
+    """Give an ASDA the weights of a pre-trained checkpoint of any origin, to go on from there on other sounds. Raises
+    CheckpointError, ConfigError."""
+    found = open_checkpoint(path)
+    if not found.pretrained:
+        raise ConfigError(f'{path} is fine-tuned, without decoder and teacher: begin with a pre-trained checkpoint')
+    for name in ENCODES:
+        theirs, ours = getattr(found.config, name), getattr(model.config, name)
+        if theirs != ours:
+            raise ConfigError(f'{path} was made with {name} = {theirs}, not {ours}: give --{name}={theirs}')
+    saving.load_weights(model, found.pretrained.state_dict(), path)
 
 
 def open_theirs(path, is_classifier):

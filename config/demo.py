@@ -2,18 +2,18 @@
 
     python pretrain.py config/demo.py
 
-What it costs: 600 updates of 32 clips x 8 students. Time: 1 m 41 s on two CPU cores with
-bfloat16 instructions, with the making of the data. What to expect: an explained share of 96 % and a kNN accuracy of
-18 / 16 % (CLS / patches; chance 12 %) at the end. So few updates teach where a patch lies more than what it holds: the
-linear probe of the CLS has 39 %, that of log-mel statistics 48 %.
+What it costs: 600 updates of 32 clips x 4 students. Time: three to eight minutes on one CPU core. What to
+expect: 48 % of the content explained, kNN accuracy 47 % and linear probe 63 %, where random weights have 39 and 54 %,
+log-mel statistics 46 and 40 %, chance 12 %.
 """
 out_dir = 'out/demo'
 dataset = eval_dataset = 'demo'
 frames = 128
 n_layer, n_head, n_embd = 4, 4, 128
 decoder_layers = 3
-n_students = 8
-mask_block = 3
+n_students = 4
+mask_block = 1                  # scattered patches: a grid of 8 x 8 has no room for blocks
+pos_scale = 0.3                 # else the places explain three quarters of the targets
 batch_size = 32
 max_steps = 600
 warmup_steps = 60

@@ -1,24 +1,22 @@
-"""Speech and environmental sounds, unlabelled: wakewords, spoken digits and ESC-10 together, with what is tested left
-out.
+"""26 hours of real sounds, unlabelled: words and sentences of some hundred voices, instruments, ambience, cries,
+ESC-10, with what is tested left out.
 
     python pretrain.py config/real.py
+    python pretrain.py config/real.py --dataset=wakewords,fsdd,esc10        # 2.9 hours of them, which results need
 
-What it costs: 7,000 updates of 24 clips x 8 students. Time: 39 minutes on one CPU core with bfloat16
-instructions. What to expect: the README's results.
+docs/datasets.md says how to get and prepare the sets. What it costs: 3,500 updates of 32 clips x 4 students. Time: 40
+minutes on one CPU core. What to expect: the README's results. How the recipe was found: docs/recipe.md.
 """
 include('demo.py')
 
 out_dir = 'out/real'
-dataset = 'wakewords,fsdd,esc10'
+dataset = 'wakewords,fsdd,esc10,kerstin,kathleen,intent,cmn,philharmonia,tonejs,muldjord,moodist,donateacry'
 leave_out = 'fsdd/theo,esc10/5'         # and every set's test split, which `splits` does not name
 eval_dataset = 'wakewords'
 short_clips = 'join'                    # most digits are shorter than half a second
 pos_embed = '2d'                        # carries over to longer inputs
-n_layer, n_head, n_embd = 4, 6, 192
-batch_size = 24
-max_steps = 7000
-warmup_steps = 400
-lr = 7e-4
-ema_start, ema_end, ema_steps = 0.995, 0.9995, max_steps
-eval_interval = 500
+max_steps = 3500
+warmup_steps = 200
+ema_start, ema_end, ema_steps = 0.998, 0.9998, max_steps
+eval_interval = 1000
 save_interval = 250

@@ -7,6 +7,7 @@ import time
 
 from engine.errors import ConfigError
 from engine.files import replacing
+from engine.loggers import Loggers
 
 
 def check_out_dir(out_dir, resume, overwrite):
@@ -27,17 +28,18 @@ def clear_out_dir(out_dir):
     """Remove the run that --overwrite replaces, so that none of its checkpoints can be taken for the new run's."""
     if os.path.isdir(out_dir):
         for file in os.listdir(out_dir):
-            if re.fullmatch(r'(ckpt(\.\d+)?|best)\.pt|log\.jsonl', file):
+            if re.fullmatch(r'(ckpt(\.\d+)?|best)\.pt|log\.jsonl|events\.out\.tfevents\..*', file):
                 os.remove(os.path.join(out_dir, file))
 
 
 class Log:
-    """out_dir/log.jsonl, one JSON object a line, written by the main process and flushed at each."""
+    """out_dir/log.jsonl, one JSON object a line, written by the main process and flushed at each; from share on, the
+    numbers go to other loggers too."""
 
     def __init__(self, out_dir, process, resume_at=None):
         """resume_at: the step of the checkpoint that goes on; lines of later steps are dropped. None: a new run, which
         removes the one in out_dir."""
-        self.file = None
+        self.file, self.others, self.resume_at = None, Loggers([]), resume_at
         if not process.is_main:
             return
         if resume_at is None:
@@ -54,8 +56,16 @@ class Log:
         if self.file:
             self.file.write(as_line(values))
             self.file.flush()
+            self.others.write(values)
+
+    def share(self, names, settings, warn):
+        """Tell loggers of these names what is written from now on. A run is known by the first line of its log."""
+        if self.file and names:
+            first = next(whole_lines(self.file.name))
+            self.others = Loggers(names, os.path.dirname(self.file.name), self.resume_at, settings, first, warn=warn)
 
     def close(self):
+        self.others.close()
         if self.file:
             self.file.close()
 

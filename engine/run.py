@@ -22,7 +22,7 @@ import time
 import torch
 
 import configurator
-from engine import logs, processes, saving
+from engine import loggers, logs, processes, saving
 from engine.errors import ConfigError, RunError
 from engine.files import locked
 from engine.loading import loader
@@ -72,7 +72,8 @@ class Run:
         self.config = dataclasses.asdict(model.config)
         self.input = {**{name: spectrum[name] for name in ('window', 'mean', 'std', 'repeat')},
                       'fingerprint': fingerprint}
-        if self.resuming:
+        if self.resuming:                   # fields that are younger than the checkpoint have their defaults
+            state['config'] = {**dataclasses.asdict(type(model.config)()), **state['config']}
             saving.resume(state, self.settings.out_dir, model, optimizer, self.config, self.input, self.settings,
                           self.free, self.process)
         self.first = self.done = state.get('step', 0)
@@ -90,12 +91,15 @@ class Run:
             network.compile(**how)
         return network
 
-    def steps(self, batches):
-        """Yield (step, batch on the device) up to max_steps; the log begins."""
+    def steps(self, batches, evaluate=None):
+        """Yield (step, batch on the device) up to max_steps; the log begins. evaluate(): called before the first."""
         settings, process, self.batches = self.settings, self.process, batches
         self.log = self.closing.enter_context(contextlib.closing(
             logs.Log(settings.out_dir, process, self.first if self.resuming else None)))
         self.log.write(start=self.first, settings=vars(settings), **self.provenance, time=time.time())
+        self.log.share(configurator.words(settings.loggers), vars(settings), process.print)
+        if evaluate and not self.done:
+            evaluate()
         self.clock, self.late = logs.Clock(self.first, settings.max_steps), Late(process)
         items = range(self.first, settings.max_steps)
         reading = self.closing.enter_context(contextlib.closing(
@@ -188,6 +192,7 @@ def check(settings, world, ranges, parts=1, **choices):
     """Raise ConfigError for what no run can do. parts: what batch_size must be a multiple of, beside the processes and
     accumulated parts, if there are several; choices: {name: allowed values}."""
     configurator.check_ranges(settings, **ranges)
+    loggers.check(configurator.words(settings.loggers))
     divisor = world * settings.accumulate
     if divisor > 1 and settings.batch_size % (divisor * parts):
         raise ConfigError(f'batch_size = {settings.batch_size} is not divisible by {f"{parts} x " if parts > 1 else ""}'

@@ -1,6 +1,6 @@
 """AudioSet, from the official lists of segments and a folder or archive of its clips."""
 import csv
-import math
+import itertools
 import os
 import re
 from array import array
@@ -66,14 +66,14 @@ def plan(settings):
                         f'{printable(example)}')
 
     def labels_of(i):
-        return labels[label_ends[i]:label_ends[i + 1]]
+        return tuple(sorted(together[i]) if i in together else labels[label_ends[i]:label_ends[i + 1]])
     together = {}                                       # labels of segments that several lists name
     for i in np.flatnonzero(first != np.arange(len(first))):
-        together.setdefault(first[i], set(labels_of(first[i]))).update(labels_of(i))
-    made = Plan(files.place, classes, multi_label=True)
+        together[first[i]] = {*labels_of(first[i]), *labels_of(i)}
+    made = Plan(classes, lambda i: files.place(file_of[i]), lambda i: f'{ids[i].decode()}_{starts[i]}', labels_of,
+                multi_label=True)
     for i in np.flatnonzero(file_of >= 0):
-        made.add(f'{ids[i].decode()}_{starts[i]}', int(file_of[i]), lists[parts[i]][1],
-                 sorted(together[i]) if i in together else labels_of(i))
+        made.add(i, lists[parts[i]][1])
     return made
 
 
@@ -129,7 +129,7 @@ def read_label_csv(path):
 def read_segments(paths, mids):
     """Official lists of segments -> ids (N,) bytes, starts (N,) in ms, which list (N,), and their classes: those of
     segment i are labels[label_ends[i]:label_ends[i + 1]]. Raises DataError, which names file and line."""
-    ids, starts, parts, labels, label_ends = bytearray(), array('q'), array('b'), array('i'), array('q', [0])
+    ids, starts, parts, labels, label_ends = bytearray(), array('i'), array('b'), array('H'), array('I', [0])
     for part, path in enumerate(paths):
         try:
             with open_text(path) as f:
@@ -151,31 +151,27 @@ def read_segments(paths, mids):
             raise DataError(f'{path}, line {reader.line_num}: the class {error} is not in the list of labels') from None
         except (ValueError, OverflowError, csv.Error) as error:
             raise DataError(f'{path}, line {reader.line_num}: not `id, start, end, "class,class"` ({error})') from None
-    return (np.frombuffer(ids, 'S11'), np.frombuffer(starts, np.int64), np.frombuffer(parts, np.int8), labels,
+    return (np.frombuffer(ids, 'S11'), np.frombuffer(starts, np.int32), np.frombuffer(parts, np.int8), labels,
             label_ends)
 
 
 def match_segments(ids, starts, files):
     """(N,) number of the file of every segment, -1 where there is none. A file matches by its id and, if its name holds
     one, its start; without one only if the id has a single segment. Of several files the first is taken."""
-    found_ids, found_starts, found = bytearray(), array('d'), array('i')
-    for i, name in files.audio():
-        match = AUDIOSET_FILE.fullmatch(os.path.splitext(os.path.basename(name))[0])
-        if match:
-            found_ids += match[1].encode()
-            found_starts.append(float(match[2]) if match[2] else math.nan)
-            found.append(i)
-    found_ids, found_starts, found = (np.frombuffer(found_ids, 'S11'), np.frombuffer(found_starts),
-                                      np.frombuffer(found, np.int32))
-    by_id = np.argsort(ids, kind='stable')
-    first, last = (np.searchsorted(ids[by_id], found_ids, side) for side in ('left', 'right'))
-    file_of = np.full(len(ids), -1, np.int32)
-    for back in range(int((last - first).max(initial=0))):                  # one round, unless an id has more segments
-        matched = np.flatnonzero(first + back < last)[::-1]              # backwards: the first file is the last word
-        for file in np.array_split(matched, len(matched) // 65536 + 1):
-            segment = by_id[first[file] + back]
-            start = found_starts[file]
+    by_id = np.argsort(ids, kind='stable').astype(np.int32)
+    sorted_ids, file_of = ids[by_id], np.full(len(ids), -1, np.int32)
+    named = ((i, match) for i, name in files.audio()
+             if (match := AUDIOSET_FILE.fullmatch(os.path.splitext(os.path.basename(name))[0])))
+    while some := list(itertools.islice(named, 1 << 12)):                   # so that two million take little memory
+        found = np.array([i for i, _ in some])
+        found_starts = np.array([float(match[2] or 'nan') for _, match in some])
+        first, last = (np.searchsorted(sorted_ids, np.array([match[1] for _, match in some], 'S11'), side)
+                       for side in ('left', 'right'))
+        for back in range(int((last - first).max())):                       # one round, unless an id has more segments
+            file = np.flatnonzero(first + back < last)[::-1]                # backwards: the first file is the last word
+            segment, start = by_id[first[file] + back], found_starts[file]
             fits = (np.round(start * 1000) == starts[segment]) | (start == starts[segment])         # s or ms
             fits |= np.isnan(start) & (last[file] - first[file] == 1)
+            fits &= file_of[segment] < 0                                    # nor is it found already
             file_of[segment[fits]] = found[file[fits]]
     return file_of

@@ -11,10 +11,10 @@ seed = 1                # which clips
 
 def plan(settings):
     classes = list(SOUNDS)
-    made = Plan(lambda i: (synthesise, settings.seed, i), classes)
+    made = Plan(classes, lambda i: (synthesise, settings.seed, i), lambda i: f'{classes[i % len(classes)]}/{i:05d}',
+                lambda i: i % len(classes))
     for i in range(settings.clips):
-        made.add(f'{classes[i % len(classes)]}/{i:05d}', i, 'test' if i % 5 == 4 - (i // 10) % 5 else 'train',
-                 i % len(classes))
+        made.add(i, 'test' if i % 5 == 4 - (i // 10) % 5 else 'train')
     return made
 
 

@@ -48,7 +48,8 @@ def plan(settings):
             raise DataError(f'{origin} holds {len(rows)} clips instead of {whole[1]:,}: get it by other means, '
                             '--source=PATH')
         print(f'note: {len(rows)} clips of {len(targets)} classes; the whole {whole[0]} has {whole[1]:,} of {whole[2]}')
-    made = Plan(files.place, [names[target] for target in targets], folds)
-    for stem, fold, target, _ in rows:
-        made.add(stem, audio['audio/' + stem], label=targets.index(target), fold=folds.index(fold))
+    made = Plan([names[target] for target in targets], lambda i: files.place(audio['audio/' + rows[i][0]]),
+                lambda i: rows[i][0], lambda i: targets.index(rows[i][2]), lambda i: folds.index(rows[i][1]), folds)
+    for i in range(len(rows)):
+        made.add(i)
     return made

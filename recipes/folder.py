@@ -10,7 +10,7 @@ import numpy as np
 from audio.sources import list_source, open_text, reason_of
 from engine.errors import ConfigError, DataError
 from engine.files import printable
-from recipes.plan import Plan, tidy
+from recipes.plan import SPLITS, Plan, tidy
 
 source = ''             # archive or folder of audio files
 label = 'parent'        # class of a file, its parent folder's name; none: no labels
@@ -43,24 +43,28 @@ def plan(settings):
     split_of = read_split_file(settings.split_file, files, root) if settings.split_file else None
     numbers = array('i', (i for i, _ in files.audio()) if split_of is None else sorted(split_of))
 
+    def key(number):
+        return files.names[number][root:]
+
     def keys():
-        return (files.names[i][root:] for i in numbers)
+        return map(key, numbers)
     level = level_of_splits(keys, settings.source) if split_of is None else None
-    classes, labels = classes_of(keys, level, settings)
+    classes, label_of = classes_of(keys, level, settings)
     if split_of is not None:
-        splits = [split_of[i] for i in numbers]
+        splits = array('b', (SPLITS.index(split_of[i]) for i in numbers))
         left_out = sum(1 for _ in files.audio()) - len(numbers)
         if left_out:
             print(f'{left_out} audio files are in no line of {printable(settings.split_file)}: left out')
     else:
-        splits = ['train' if level is None else SPLIT_FOLDERS[key.split('/')[level].lower()] for key in keys()]
+        splits = array('b', (SPLITS.index('train' if level is None else SPLIT_FOLDERS[key.split('/')[level].lower()])
+                             for key in keys()))
+        names = sorted({SPLITS[code] for code in splits})
         if level is not None:
-            print(f'splits by folder: {", ".join(sorted(set(splits)))} (--split_file=CSV says otherwise)')
-        if not {'test', 'eval'} & set(splits):
-            carve_test(splits, keys, labels, settings.test_part)
-    made = Plan(files.place, classes)
-    for number, key, split, class_index in zip(numbers, keys(), splits, labels):
-        made.add(key, number, split, class_index)
+            print(f'splits by folder: {", ".join(names)} (--split_file=CSV says otherwise)')
+        if not {'test', 'eval'} & set(names):
+            carve_test(splits, keys, label_of, settings.test_part)
+    made = Plan(classes, files.place, key, lambda number: label_of(key(number)))
+    made.numbers, made.splits = numbers, splits
     return made
 
 
@@ -91,7 +95,7 @@ def level_of_splits(keys, source):
 
 
 def classes_of(keys, level, settings):
-    """-> class names, and the class index of every file, -1 for none. Raises DataError."""
+    """-> class names, and a function of a key that gives its class's index, -1 for none. Raises DataError."""
     def parent(key):
         folders = key.split('/')[:-1]
         if level is not None:
@@ -99,29 +103,29 @@ def classes_of(keys, level, settings):
         return folders[-1] if folders else ''
     classes = sorted(set(map(parent, keys()))) if settings.label == 'parent' else []
     if len(classes) < 2:                                                # one folder of sounds has nothing to tell apart
-        return [], array('i', (-1 for _ in keys()))
+        return [], lambda key: -1
     if classes[0] == '':
         beside = next(key for key in keys() if not parent(key))
         raise DataError(f'{printable(beside)} in {settings.source} lies beside the folders of classes: move it into '
                         'one, or give --label=none for a set without labels')
     index = {folder: i for i, folder in enumerate(classes)}
-    return classes, array('i', (index[parent(key)] for key in keys()))
+    return classes, lambda key: index[parent(key)]
 
 
-def carve_test(splits, keys, labels, part):
+def carve_test(splits, keys, label_of, part):
     """Give `part` of each class's training clips to the test split, at least one and not all: those of smallest hash.
 
     The hash is of the path alone, with other digits than validation's, so that no split depends on the order of the
     files, and a file that is added moves one other at most.
     """
     hashes = np.fromiter((int.from_bytes(hashlib.sha1(key.encode('utf-8', 'surrogateescape')).digest()[4:12], 'big')
-                          for key in keys()), np.uint64)
-    labels = np.array(labels)
-    training = np.flatnonzero([split == 'train' for split in splits])
-    order = training[np.lexsort((hashes[training], labels[training]))]
+                          for key in keys()), np.uint64, len(splits))
+    labels, codes = np.fromiter(map(label_of, keys()), np.int32, len(splits)), np.frombuffer(splits, np.int8)
+    others = codes != SPLITS.index('train')
+    labels[others] = np.iinfo(np.int32).max                                 # behind the training clips
+    order = np.lexsort((hashes, labels))[:len(codes) - others.sum()]
     for clips in np.split(order, np.flatnonzero(np.diff(labels[order])) + 1) if part and len(order) else ():
-        for i in clips[:min(max(int(part * len(clips) + 0.5), 1), len(clips) - 1)]:
-            splits[i] = 'test'
+        codes[clips[:min(max(int(part * len(clips) + 0.5), 1), len(clips) - 1)]] = SPLITS.index('test')
 
 
 def read_split_file(path, files, root):

@@ -1,5 +1,5 @@
 """A plan: which files become which clips of which split; and what several recipes need."""
-import heapq
+import bisect
 import os
 import posixpath
 import re
@@ -10,7 +10,7 @@ import numpy as np
 
 from audio.downloads import download
 from audio.making import CACHED
-from audio.sources import ARCHIVE_ERRORS, Strings, cache_name, open_text, reason_of
+from audio.sources import ARCHIVE_ERRORS, cache_name, open_text, reason_of
 from engine.errors import DataError
 from engine.files import printable
 
@@ -20,7 +20,7 @@ max_minutes = 20.0      # longer files are skipped: cut them first
 
 SHARD_CLIPS = 2048                                  # files of one shard; 640 MB of ten-second clips
 SPLITS = ('eval', 'test', 'train', 'valid')
-SORTED_AT_ONCE = 1 << 16                            # keys that are in memory as strings
+SORTED_AT_ONCE = 1 << 14                            # keys that are in memory as strings
 
 
 @dataclass
@@ -37,50 +37,46 @@ class Entry:
         if callable(kind):
             return repr((kind.__name__, path, *inside))
         if kind == 'zip':
-            return repr(inside[1])
+            return repr(inside[-1])
         info, name = os.stat(path), os.path.basename(path)
         fetched = re.fullmatch(CACHED, name)                                # its name says of what; its time is ours
         return repr((info.st_size, name if fetched else info.st_mtime_ns, *inside))
 
 
 class Plan:
-    """Which files become which clips of which split, a row each in arrays.
+    """Which files become which clips of which split: a number for each, of which functions say what Entry holds.
 
-    place: a function of the file's number that gives what Entry.place holds.
+    Nothing else is kept of a clip. Two million of them have some 70 bytes each, most of which are the files' names.
     """
 
-    def __init__(self, place, classes, folds=(), multi_label=False):
-        self.place, self.classes, self.folds, self.multi_label = place, classes, list(folds), multi_label
-        self.keys, self.files, self.splits, self.fold = Strings(), array('i'), array('b'), array('h')
-        self.labels, self.label_ends = array('i'), array('i', [0])
+    def __init__(self, classes, place, key, label=lambda number: -1, fold=lambda number: -1, folds=(),
+                 multi_label=False):
+        self.classes, self.folds, self.multi_label = classes, list(folds), multi_label
+        self.place, self.key, self.label, self.fold = place, key, label, fold
+        self.numbers, self.splits = array('i'), array('b')
 
-    def add(self, key, file, split='train', label=-1, fold=-1):
-        """label: a class, -1 for none, or several classes in a multi-label set."""
-        self.keys.append(key)
-        self.files.append(file)
+    def add(self, number, split='train'):
+        self.numbers.append(number)
         self.splits.append(SPLITS.index(split))
-        self.fold.append(fold)
-        self.labels.extend(label if self.multi_label else [label])
-        self.label_ends.append(len(self.labels))
 
-    def entry(self, i):
-        labels = tuple(self.labels[self.label_ends[i]:self.label_ends[i + 1]])
-        return Entry(self.keys[i], self.place(self.files[i]), labels if self.multi_label else labels[0],
-                     self.fold[i])
+    def entry(self, number):
+        return Entry(*(function(int(number)) for function in (self.key, self.place, self.label, self.fold)))
 
     def shards(self):
-        """[(name, rows)] of at most SHARD_CLIPS clips of one split, in the order of the keys; of clips with one key
+        """[(name, numbers)] of at most SHARD_CLIPS clips of one split, in the order of the keys; of clips with one key
         the last counts, as in an archive that was added to."""
-        count, key = len(self.keys), self.keys.__getitem__
-        sorted_parts = [array('i', sorted(range(i, min(i + SORTED_AT_ONCE, count)), key=key))
-                        for i in range(0, count, SORTED_AT_ONCE)]
-        order = np.fromiter(heapq.merge(*sorted_parts, key=key), np.int32, count)
-        differs = (key(a) != key(b) for a, b in zip(order[:-1], order[1:]))
-        order = order[np.append(np.fromiter(differs, bool), True)] if count else order
-        splits = np.frombuffer(self.splits, np.int8)[order] if count else order
-        shards = []
+        numbers, key, step = self.numbers, self.key, 16
+        sample = sorted(map(key, numbers[::step]))
+        bounds = sample[::max(SORTED_AT_ONCE // step, 1)]                   # about so many keys lie between two
+        part = np.fromiter((bisect.bisect(bounds, key(number)) for number in numbers), np.int32, len(numbers))
+        order = array('i')
+        for i in range(len(bounds) + 1):
+            last = {key(numbers[row]): row for row in np.flatnonzero(part == i)}
+            order.extend(last[key] for key in sorted(last))
+        order = np.array(order)
+        splits, numbers, shards = np.array(self.splits)[order], np.array(numbers)[order], []
         for code, split in enumerate(SPLITS):
-            rows = order[splits == code]
+            rows = numbers[splits == code]
             shards += [(f'{split}-{i // SHARD_CLIPS:05d}', rows[i:i + SHARD_CLIPS])
                        for i in range(0, len(rows), SHARD_CLIPS)]
         return shards

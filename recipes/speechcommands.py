@@ -31,9 +31,10 @@ def plan(settings):
               and re.fullmatch(r'[^_/][^/]*/[^/]+', name[len(root):])}                  # _background_noise_ is no word
     split_of = read_lists(files, lists, spoken, origin)
     classes = sorted({key.split('/')[0] for key in spoken})
-    made = Plan(files.place, classes)
+    made = Plan(classes, files.place, lambda i: files.names[i][len(root):],
+                lambda i: classes.index(files.names[i][len(root):].split('/')[0]))
     for key, i in spoken.items():
-        made.add(key, i, split_of.get(key, 'train'), classes.index(key.split('/')[0]))
+        made.add(i, split_of.get(key, 'train'))
     counts = collections.Counter(SPLITS[code] for code in made.splits)
     if counts != SPEECHCOMMANDS_CLIPS or len(classes) != 35:
         print(f'warning: {counts["train"]} / {counts["valid"]} / {counts["test"]} clips of {len(classes)} words to '

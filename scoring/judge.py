@@ -5,8 +5,8 @@ import os
 import numpy as np
 
 from engine import processes, saving
+from scoring.features import predict
 from scoring.metrics import describe, metrics
-from scoring.probes import predict
 
 
 class Judge:

@@ -1,11 +1,19 @@
-"""How pre-training goes, in numbers that a falling loss does not have: kNN accuracy and rank of the frozen features."""
+"""How pre-training goes, in numbers that a falling loss does not have: what can be read off the frozen features."""
+import os
+
+import numpy as np
 import torch
 
-from audio.clips import carve_validation, open_clips
+import configurator
+from audio import frames_in
+from audio.clips import carve_validation, open_clips, read_meta
+from engine.errors import ROOT
 from engine.randomness import random
-from scoring.probes import effective_rank, features, knn_accuracy
+from scoring.features import feature_batches, log_mel_statistics
+from scoring.probes import effective_rank, knn_accuracy, linear_probe
 
 CLIPS = 2000                    # of the labelled set, at most
+PROBE_L2 = (0.1,)               # one strength: nothing is left to choose it on, and it takes little time
 
 
 def labelled_clips(name, data_dir, seed, process):
@@ -25,15 +33,55 @@ def labelled_clips(name, data_dir, seed, process):
     return train, valid
 
 
-def monitor(encoder, labelled, spectrum, process, autocast, workers):
-    """Scores of the encoder's frozen features, kNN from train to valid clips. spectrum: what data.log_mel is told,
-    but for the statistics, which are the set's own."""
-    train, valid = labelled
+def watch(run, labelled, spectrum, autocast):
+    """Print and log what is read off the features of a run's student; at its beginning, with random weights, also off
+    log-mel statistics: what training has to beat."""
+    settings, encoder, (train, valid) = run.settings, run.model.encoder, labelled
     mean, std = train.statistics(spectrum['window'])
-    (train_cls, train_patches), (valid_cls, valid_patches) = (
-        features(encoder, part, {**spectrum, 'mean': mean, 'std': std}, process, autocast, workers=workers)
-        for part in labelled)
-    return {'knn_cls': knn_accuracy(train_cls, train.label, valid_cls, valid.label),
-            'knn_patches': knn_accuracy(train_patches, train.label, valid_patches, valid.label),
+    how = {**spectrum, 'mean': mean, 'std': std}
+    name = settings.eval_dataset
+    if not run.done:
+        longest = {**how, 'frames': min(int(frames_in(np.r_[train.length, valid.length]).max()), 6000), 'repeat': False}
+        scores = read_off(*(log_mel_statistics(part, longest, run.process, workers=settings.workers)
+                            for part in labelled), *labelled)
+        run.process.print(f'{name}, log-mel statistics: kNN {scores["knn"]:.1%}, linear probe {scores["probe"]:.1%}')
+        run.note({}, **{f'{name}_log_mel_{probe}': score for probe, score in scores.items()})
+    scores = monitor(encoder, labelled, how, run.process, autocast, settings.workers)
+    run.process.print(f'{name}, step {run.done:,}: kNN {scores["knn"]:.1%}, linear probe {scores["probe"]:.1%} (chance '
+                      f'{scores["chance"]:.1%}); CLS: kNN {scores["knn_cls"]:.1%}, effective rank '
+                      f'{scores["effective_rank"]:.1f} of {encoder.config.n_embd}')
+    run.note(scores, **scores)
+
+
+def monitor(encoder, labelled, spectrum, process, autocast, workers):
+    """Scores of the encoder's frozen features from train to valid clips: kNN and linear probe of the bands, kNN and
+    effective rank of the CLS. spectrum: what data.log_mel is told."""
+    found = []
+    for part in labelled:
+        batches = feature_batches(encoder, part, spectrum, process, autocast, ['bands', 'cls'], workers=workers)
+        found.append([np.concatenate(parts) for parts in zip(*((rows['bands'], rows['cls']) for _, rows in batches))])
+    (x, x_cls), (t, t_cls) = found
+    train, valid = labelled
+    return {**read_off(x, t, train, valid), 'knn_cls': knn_accuracy(x_cls, train.label, t_cls, valid.label),
             'chance': float((valid.label == torch.from_numpy(valid.label).mode().values.item()).mean()),
-            'effective_rank': effective_rank(valid_cls)}
+            'effective_rank': effective_rank(t_cls)}
+
+
+def read_off(x, t, train, valid):
+    """kNN and linear probe from features x of train to t of valid clips."""
+    targets = [part.targets(np.arange(len(part))) for part in (train, valid)]
+    logits, _ = linear_probe((x, targets[0]), (t, targets[1]), t, False, strengths=PROBE_L2)
+    return {'knn': knn_accuracy(x, train.label, t, valid.label),
+            'probe': float((logits.argmax(axis=1) == valid.label).mean())}
+
+
+def what_next(settings):
+    """What to type after pre-training."""
+    name = settings.eval_dataset or configurator.words(settings.dataset)[0]
+    if not read_meta(os.path.join(settings.data_dir, name))['classes']:
+        return f'next:  python eval.py --ckpt={settings.out_dir}/ckpt.pt --dataset={name} --embed=embeddings.npz'
+    lines = [f'next:  python eval.py --ckpt={settings.out_dir}/ckpt.pt --dataset={name}      # kNN and linear probe']
+    config = f'config/finetune_{name}.py'
+    if os.path.exists(os.path.join(ROOT, config)):
+        lines.append(f'       python finetune.py {config} --ckpt={settings.out_dir}/ckpt.pt')
+    return '\n'.join(lines)

@@ -6,9 +6,12 @@ import os
 import tempfile
 from urllib.parse import quote
 
+import numpy as np
+
 from audio import SAMPLE_RATE
 from engine.errors import ConfigError
 from engine.files import replacing
+from scoring.metrics import NotFiniteError
 
 
 def table_path(ckpt, name, fold):
@@ -64,3 +67,36 @@ def write_windows(path, windows, probabilities, classes):
         for key, start, length, row in zip(keys, windows.start, windows.length, probabilities):
             writer.writerow([key, f'{start / SAMPLE_RATE:.3f}', f'{(start + length) / SAMPLE_RATE:.3f}',
                              *(f'{value:.4f}' for value in row)])
+
+
+def labels_of(clips):
+    """What a prepared set says of its clips: splits (N,), folds (N,), labels, classes, as far as it has them."""
+    splits = np.array([os.path.basename(base).rsplit('-', 1)[0] for base in clips.shards])
+    found, meta = {'splits': splits[clips.shard]}, clips.metas[0]
+    if meta['folds']:
+        found['folds'] = np.array([*meta['folds'], ''])[clips.fold]
+    if meta['classes']:
+        labels = clips.label
+        if clips.multi_label:
+            labels = np.unpackbits(labels, axis=1, count=len(clips.classes)).astype(bool)
+        found.update(labels=labels, classes=np.array(clips.classes))
+    return found
+
+
+def write_arrays(path, shapes, batches, beside, is_main):
+    """An .npz, whole or not at all, of {name: (shape, type)} filled from batches of (rows, {name: values}), of which
+    one is in memory at a time, and of the arrays beside."""
+    folder = os.path.dirname(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=os.path.basename(path) + '.', dir=folder) as work:
+        arrays = {name: np.lib.format.open_memmap(os.path.join(work, f'{name}.npy'), 'w+', kind, shape)
+                  for name, (shape, kind) in shapes.items() if is_main}
+        for rows, values in batches:
+            for name, array in arrays.items():
+                if np.abs(values[name]).max(initial=0) > np.finfo(array.dtype).max:
+                    raise NotFiniteError(f'{name} that {array.dtype} cannot hold')
+                array[rows] = values[name]
+        if is_main:
+            with replacing(path, 'wb') as f:
+                np.savez(f, **beside, **arrays)
+            arrays.clear()

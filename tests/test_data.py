@@ -473,7 +473,7 @@ def test_clips_without_a_label_among_labelled_ones_are_no_class(data_dir, tmp_pa
 def test_clips_are_selected_and_pickled_with_all_their_arrays(data_dir):
     clips = open_clips(['noises'], data_dir)
     chosen = pickle.loads(pickle.dumps(clips.select([5, 1])))
-    assert chosen.keys() == [clips.keys()[5], clips.keys()[1]] and not chosen.opened
+    assert chosen.keys() == [clips.keys()[5], clips.keys()[1]]
     for name in ('shard', 'row', 'offset', 'length', 'fold', 'hash', 'label', 'stats'):
         np.testing.assert_array_equal(getattr(chosen, name), getattr(clips, name)[[5, 1]])
     np.testing.assert_array_equal(chosen.read(0), clips.read(5))
@@ -518,15 +518,6 @@ def test_silence_has_no_statistics(data_dir):
     clips.stats = np.stack([values * -15, values * 225], axis=2).repeat(2, axis=1)
     with pytest.raises(DataError, match='noises do not vary'):
         clips.statistics('hamming')
-
-
-def test_only_so_many_shards_are_open_at_a_time(data_dir, monkeypatch):
-    monkeypatch.setattr(clips_file, 'MAX_OPEN_SHARDS', 2)
-    clips = open_clips(['noises', 'demo'], data_dir, ['train', 'test'])
-    for i in range(0, len(clips), 7):
-        assert len(clips.read(i)) == clips.length[i]
-        assert len(clips.opened) <= 2
-    assert len(clips.shards) == 4
 
 
 def test_too_few_labels_are_named(data_dir):

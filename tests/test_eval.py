@@ -1,5 +1,4 @@
 """Metrics against scikit-learn, probes, and every mode of eval.py.   python -m pytest tests/test_eval.py"""
-import contextlib
 import csv
 import json
 import math
@@ -20,26 +19,17 @@ from sklearn.neighbors import KNeighborsClassifier
 import data
 import eval as evaluation
 import finetune
-from audio import decoding, frames_in, samples_for
+from audio import HOP_SAMPLES, decoding, frames_in, samples_for
 from audio.clips import Clips, open_clips, open_test
 from audio.files import named_files
 from checkpoints.opening import open_checkpoint
 from engine import processes
 from engine.errors import CheckpointError, DataError
-from model import ASDAConfig
+from scoring import probes
+from scoring.features import POOLS, features, log_mel_statistics, predict, real_frames, states, width
 from scoring.metrics import NotFiniteError, describe, metrics, ranking_scores
-from scoring.probes import (
-    PROBE_L2,
-    effective_rank,
-    embeddings,
-    features,
-    fit_logistic,
-    knn_accuracy,
-    knn_scores,
-    linear_probe,
-    log_mel_statistics,
-    predict,
-)
+from scoring.outputs import write_arrays
+from scoring.probes import PROBE_L2, effective_rank, fit_logistic, knn_accuracy, knn_scores, linear_probe, standardised
 
 from .conftest import ROOT, SHARED, call, is_one_line_error, needs_shared, script, write_wav
 from .test_finetune import pretrained, straight  # noqa: F401  (fixtures)
@@ -127,7 +117,10 @@ def test_knn_is_scikit_learns_but_for_ties():
     ours = knn_scores(x, y, t, 4)
     theirs = KNeighborsClassifier(10, metric='cosine').fit(x, y).predict_proba(t)
     np.testing.assert_allclose(np.floor(ours + 1e-3), theirs * 10, atol=1e-6)
-    assert knn_accuracy(x, y, t, z) == pytest.approx((ours.argmax(1) == z).mean())
+    theirs = KNeighborsClassifier(10, metric='cosine').fit((x - x.mean(0)) / x.std(0), y)
+    assert knn_accuracy(x, y, t, z) == pytest.approx(theirs.score((t - x.mean(0)) / x.std(0), z), abs=0.02)     # ties
+    scaled = x * np.array([1000] + [1] * 9), t * np.array([1000] + [1] * 9)
+    np.testing.assert_allclose(np.concatenate(standardised(*scaled)), np.concatenate(standardised(x, t)), atol=1e-3)
     assert knn_accuracy(x, y, x, y, k=1) == 1.0
 
 
@@ -136,8 +129,63 @@ def test_accuracy_is_that_of_ten_neighbours():
     rng = np.random.default_rng(0)
     x, t = rng.standard_normal((400, 6)), rng.standard_normal((300, 6))
     y, z = rng.integers(0, 3, 400), rng.integers(0, 3, 300)
-    by = {k: float((knn_scores(x, y, t, 3, k).argmax(axis=1) == z).mean()) for k in (9, 10, 11)}
+    mean, std = x.mean(axis=0), x.std(axis=0)                               # the features are standardised first
+    by = {k: float((knn_scores((x - mean) / std, y, (t - mean) / std, 3, k).argmax(axis=1) == z).mean())
+          for k in (9, 10, 11)}
     assert knn_accuracy(x, y, t, z) == by[10] and by[10] not in (by[9], by[11])
+
+
+def test_neighbours_and_probe_work_in_blocks(monkeypatch):
+    """The same numbers as in one block; no similarity matrix and no copy of features is larger than one."""
+    (x, y), (v, w), (t, _) = blobs(0, 300), blobs(1, 100), blobs(2, 500)
+    want = knn_scores(x, y, t, 4), linear_probe((x, np.eye(4)[y]), (v, np.eye(4)[w]), t, False)
+    sizes = []
+
+    def seen(name, plain):
+        def call_of(self, *args, **how):
+            sizes.append(self.numel())
+            return plain(self, *args, **how)
+        monkeypatch.setattr(torch.Tensor, name, call_of)
+    seen('topk', torch.Tensor.topk)
+    seen('double', torch.Tensor.double)
+    monkeypatch.setattr(probes, 'BLOCK', 1000)
+    got = knn_scores(x, y, t, 4), linear_probe((x, np.eye(4)[y]), (v, np.eye(4)[w]), t, False)
+    np.testing.assert_array_equal(got[0], want[0])
+    np.testing.assert_allclose(got[1][0], want[1][0], atol=1e-5)
+    assert got[1][1] == want[1][1] and 500 < max(sizes) <= 1000
+
+
+def test_embeddings_are_written_a_batch_at_a_time(tmp_path):
+    """Nothing is asked of the batches ahead; a failure on the way leaves the file that was there and nothing else."""
+    (tmp_path / 'x.npz').write_bytes(b'before')
+    asked = []
+
+    def batches(fail):
+        for k in range(4):
+            asked.append(k)
+            if fail and k == 2:
+                raise NotFiniteError('x')
+            yield np.arange(3) + 3 * k, {'bands': np.full((3, 5), float(k)), 'patches': np.full((3, 2, 2), k / 3)}
+    shapes = {'bands': ((12, 5), np.float32), 'patches': ((12, 2, 2), np.float16)}
+    with pytest.raises(NotFiniteError):
+        write_arrays(f'{tmp_path}/x.npz', shapes, batches(True), {'names': np.array(['a'] * 12)}, True)
+    assert os.listdir(tmp_path) == ['x.npz'] and (tmp_path / 'x.npz').read_bytes() == b'before' and asked == [0, 1, 2]
+    write_arrays(f'{tmp_path}/x.npz', shapes, batches(False), {'names': np.array(['a'] * 12)}, True)
+    assert os.listdir(tmp_path) == ['x.npz']
+    with np.load(tmp_path / 'x.npz') as stored:
+        assert stored['bands'].dtype == np.float32 and stored['patches'].dtype == np.float16
+        np.testing.assert_array_equal(stored['bands'][:, 0], np.arange(12) // 3)
+        assert stored['names'].shape == (12,)
+    write_arrays(f'{tmp_path}/of_another_rank.npz', shapes, batches(False), {}, False)
+    assert os.listdir(tmp_path) == ['x.npz']
+
+
+def test_features_that_no_memory_holds_are_refused(pretrained, data_dir, monkeypatch):       # noqa: F811
+    monkeypatch.setattr(evaluation, 'MAX_FEATURE_BYTES', 100 * 512 * 4)
+    result = call(evaluation.run, f'--ckpt={pretrained}', '--dataset=demo', f'--data_dir={data_dir}')
+    assert is_one_line_error(result, 'pool = bands', '--pool=mean')
+    assert call(evaluation.run, f'--ckpt={pretrained}', '--dataset=demo', f'--data_dir={data_dir}',
+                '--pool=mean').code == 0
 
 
 @pytest.mark.parametrize('strength', [1e-3, 1e-1])
@@ -172,19 +220,43 @@ def test_effective_rank():
     assert effective_rank(rng.standard_normal((5000, 8))) > 7.9
 
 
-def test_features_ignore_padding_and_do_not_depend_on_the_batch(data_dir, pretrained):      # noqa: F811
+@pytest.mark.parametrize('layer', [0, 1])
+def test_features_ignore_padding_and_do_not_depend_on_the_batch(data_dir, pretrained, layer):      # noqa: F811
     loaded = open_checkpoint(pretrained)
     clips = open_clips(['noises'], data_dir)
-    big, small = (features(loaded.encoder.eval(), clips, loaded.spectrum, CPU, torch.no_grad,
-                                      batch_size=size) for size in (64, 3))
-    for a, b in zip(big, small):
-        np.testing.assert_allclose(a, b, atol=1e-5)
     shortest = int(np.argmin(clips.length))
-    rows = -(-int(frames_in(clips.length[shortest])) // 16)
     batch = data.stack([clips.read(shortest, count=samples_for(64))], samples_for(64))
+    frames = min(int(frames_in(clips.length[shortest])), 64)
     with torch.no_grad():
-        x = loaded.encoder(data.log_mel(batch['pcm'], batch['lengths'], **loaded.spectrum))
-    np.testing.assert_allclose(big[1][shortest], x[0, 1:1 + min(rows, 4) * 8].mean(0), atol=1e-5)
+        patches, cls = states(loaded.encoder.eval(), data.log_mel(batch['pcm'], batch['lengths'], **loaded.spectrum),
+                              layer)
+    rows = patches[0].repeat_interleave(16, dim=0)[:frames].flatten(1)          # of every frame
+    want = {'cls': cls[0], 'mean': rows.view(frames, 8, -1).mean((0, 1)),
+            'bands': torch.cat([rows.mean(0), rows.std(0, correction=0)])}
+    for pool in POOLS:
+        big, small = (features(loaded.encoder, clips, loaded.spectrum, CPU, torch.no_grad, pool, layer,
+                               batch_size=size) for size in (64, 3))
+        assert big.shape == (len(clips), width(loaded.config, pool))
+        np.testing.assert_allclose(big, small, atol=1e-5)
+        np.testing.assert_allclose(big[shortest], want[pool], atol=2e-5)
+
+
+@pytest.mark.parametrize('batch_size', [1, 2, 7])
+def test_long_clips_are_seen_whole_and_every_frame_once(pretrained, batch_size):            # noqa: F811
+    """Clips of one to many windows, cut anywhere; each is what it is alone."""
+    loaded, rng = open_checkpoint(pretrained), np.random.default_rng(0)
+    lengths = [400, *(samples_for(n) for n in (64, 65, 128, 200)), samples_for(64) + 159, 900]
+    clips = Clips.of_waves([rng.integers(-9000, 9000, n).astype(np.int16) for n in lengths], [str(n) for n in lengths])
+    got = features(loaded.encoder.eval(), clips, loaded.spectrum, CPU, torch.no_grad, batch_size=batch_size)
+    alone = np.concatenate([features(loaded.encoder, clips.select([i]), loaded.spectrum, CPU, torch.no_grad)
+                            for i in range(len(clips))])
+    np.testing.assert_allclose(got, alone, atol=1e-5)
+    halves = clips.select([3]).windows(samples_for(64), 64 * HOP_SAMPLES)
+    of_two = features(loaded.encoder, halves, loaded.spectrum, CPU, torch.no_grad, 'mean')
+    np.testing.assert_allclose(of_two.mean(axis=0), features(
+        loaded.encoder, clips.select([3]), loaded.spectrum, CPU, torch.no_grad, 'mean')[0], atol=1e-5)
+    assert real_frames(torch.tensor([samples_for(40), samples_for(64)]), torch.tensor([0, 37]), 4, 16).tolist() == [
+        [16, 16, 8, 0], [0, 0, 11, 16]]
 
 
 def test_log_mel_statistics_are_over_real_frames(data_dir):
@@ -216,8 +288,8 @@ def test_probes_of_a_pretrained_checkpoint(pretrained, data_dir):               
     result = call(evaluation.run, f'--ckpt={pretrained}', '--dataset=demo', f'--data_dir={data_dir}',
                   '--labels_per_class=5')
     assert result.code == 0, result.err
-    for name in ('log-mel statistics', 'CLS', 'mean of patches'):
-        line = next(line for line in result.out.splitlines() if line.startswith(name))
+    for name in ('log-mel statistics', 'random weights, bands', 'bands'):
+        line = next(line for line in result.out.splitlines() if line.startswith(name + ' '))
         assert 'kNN: accuracy' in line and 'linear probe: accuracy' in line and 'of 40)' in line
 
 
@@ -237,7 +309,7 @@ def test_probes_use_given_statistics_else_the_sets(pretrained, data_dir, monkeyp
         result = call(evaluation.run, f'--ckpt={pretrained}', '--dataset=noises', f'--data_dir={data_dir}',
                       '--batch_size=5', *options)
         assert result.code == 0, result.err
-        assert [(spectrum['mean'], spectrum['std'], size) for spectrum, size in seen] == [(*want, 5)] * 6
+        assert [(spectrum['mean'], spectrum['std'], size) for spectrum, size in seen] == [(*want, 5)] * 9
 
 
 def test_a_finetuned_checkpoint_needs_only_a_test_split(straight, data_dir, tmp_path):       # noqa: F811
@@ -373,9 +445,10 @@ def test_class_names_for_the_authors_classifier(tmp_path, file):
 def test_embeddings_of_windows(pretrained, tmp_path):                                       # noqa: F811
     write_wav(str(tmp_path / 'a.wav'), 0.3 * np.sin(np.arange(32000) / 5))
     assert call(evaluation.run, f'--ckpt={pretrained}', f'--wav={tmp_path}/a.wav', '--hop=0.5', '--window=0.64',
-                f'--embed={tmp_path}/x.npz').code == 0
+                f'--embed={tmp_path}/x.npz', '--pool=cls,bands').code == 0
     with np.load(tmp_path / 'x.npz') as stored:
         assert stored['start'].tolist() == [0, 0.5, 1.0, 1.36] and stored['cls'].shape == (4, 32)
+        assert stored['bands'].shape == (4, 2 * 8 * 32) and len(stored['names']) == 4
 
 
 @pytest.mark.parametrize('ckpt', ['pretrained', 'finetuned', 'authors', 'eat'])
@@ -383,23 +456,30 @@ def test_embeddings_of_files_and_sets(straight, pretrained, data_dir, tmp_path, 
     path = {'pretrained': pretrained, 'finetuned': f'{straight}/best.pt',
             'authors': f'{FIXTURES}/authors_tiny_pretrain.pt', 'eat': f'{FIXTURES}/eat_tiny_finetune.pt'}[ckpt]
     D, P = (32, 32) if ckpt in ('pretrained', 'finetuned') else (64, 64)
-    for name, seconds in (('a', 0.3), ('b', 2.0)):
-        write_wav(str(tmp_path / f'{name}.wav'), 0.3 * np.sin(np.arange(int(16000 * seconds)) / 5))
-    result = call(evaluation.run, f'--ckpt={path}', f'--wav={tmp_path}/a.wav,{tmp_path}/b.wav',
-                  f'--embed={tmp_path}/files.npz')
+    clips = open_clips(['noises'], data_dir, ['test', 'train'])
+    keys = [str(key) for key in clips.keys()]
+    os.makedirs(tmp_path / 'wav')
+    for i in range(5):
+        soundfile.write(tmp_path / 'wav' / f'{i}.wav', clips.read(i), 16000)
+    result = call(evaluation.run, f'--ckpt={path}', f'--wav={tmp_path}/wav', f'--embed={tmp_path}/files.npz',
+                  '--patches', '--pool=bands,mean')
     assert result.code == 0, result.err
-    with np.load(tmp_path / 'files.npz') as stored:
-        assert (stored['names'].tolist() == [f'{tmp_path}/a.wav', f'{tmp_path}/b.wav']
-                and stored['cls'].shape == stored['mean'].shape == (2, D))
-        assert (stored['patches'].shape == (2, P, D) and stored['patches'].dtype == np.float16
-                and stored['sound'][0] == 28)
-    assert call(evaluation.run, f'--ckpt={path}', '--dataset=noises', f'--data_dir={data_dir}',
+    assert call(evaluation.run, f'--ckpt={path}', '--dataset=noises', f'--data_dir={data_dir}', '--pool=mean,bands',
                 f'--embed={tmp_path}/set.npz').code == 0
-    with np.load(tmp_path / 'set.npz') as stored:
-        assert len(set(stored['names'].tolist())) == 24 == len(stored['cls'])
-        seen = (stored['sound'] + 15) // 16 * 8                             # patches that hold sound
-        for mean, patches, count in zip(stored['mean'], stored['patches'].astype(float), seen):
-            np.testing.assert_allclose(mean, patches[:count].mean(axis=0), atol=2e-3)       # float16
+    with np.load(tmp_path / 'files.npz') as files, np.load(tmp_path / 'set.npz') as stored:
+        assert files['patches'].shape[1:] == (P, D) and files['patches'].dtype == np.float16
+        frames = np.minimum(files['sound'], 2 * P)
+        for i, (mean, patches) in enumerate(zip(files['mean'], files['patches'].astype(float))):
+            of_frame = patches.reshape(P // 8, 8, D).repeat(16, axis=0)[:frames[i]]
+            np.testing.assert_allclose(mean, of_frame.mean(axis=(0, 1)), atol=2e-3)                     # float16
+        assert stored['names'].tolist() == keys and 'patches' not in stored
+        one_window = clips.length[:5] <= samples_for(2 * P)
+        for i in np.flatnonzero(one_window):        # of files and of a set alike
+            row = files['names'].tolist().index(f'{tmp_path}/wav/{i}.wav')
+            np.testing.assert_allclose(files['bands'][row], stored['bands'][i], atol=1e-4)
+        assert one_window.any()
+        assert stored['splits'].tolist() == ['test'] * (stored['splits'] == 'test').sum() + ['train'] * (
+            stored['splits'] == 'train').sum() and stored['labels'].tolist() == clips.label.tolist()
 
 
 @needs_shared
@@ -428,6 +508,10 @@ def test_a_damaged_real_file_is_named(straight, tmp_path):                      
     (['--ckpt={tuned}', '--csv_file={tmp}/x.csv'], ['x.csv', 'folder']),
     (['--ckpt={pretrained}', '--dataset=noises', '--csv_file=x.csv'], ['csv_file']),
     (['--ckpt={pretrained}', '--dataset=noises', '--embed=y.npz', '--csv_file=x.csv'], ['csv_file']),
+    (['--ckpt={pretrained}', '--dataset=noises', '--pool=x'], ['pool', 'bands']),
+    (['--ckpt={pretrained}', '--dataset=noises', '--pool=cls,cls'], ['pool', 'once']),
+    (['--ckpt={pretrained}', '--dataset=noises', '--pool='], ['pool']),
+    (['--ckpt={pretrained}', '--dataset=noises', '--layer=3'], ['layer', '2 blocks']),
     (['--ckpt={tuned}', '--wav={tmp}/short.wav', '--max_minutes=0'], ['max_minutes']),
     (['--ckpt={tuned}', '--wav={tmp}/x.csv'], ['x.csv holds no audio file']),
     (['--ckpt={tuned}', '--wav={tmp}/short.wav'], ['short.wav', 'shorter than one window'])])
@@ -522,7 +606,7 @@ def test_outputs_never_overwrite_inputs_nor_fail_late(straight, data_dir, tmp_pa
 
     def encoded(*_, **__):
         raise AssertionError('something was encoded')
-    for name in ('predict', 'embeddings'):
+    for name in ('predict', 'feature_batches'):
         monkeypatch.setattr(evaluation, name, encoded)
     option = '--embed' if mode == 'embed' else '--csv_file'
     for path, word in bad.items():
@@ -557,7 +641,8 @@ def test_embeddings_keep_their_name(straight, tmp_path):                        
     result = call(evaluation.run, f'--ckpt={straight}/best.pt', f'--wav={tmp_path}/a.wav',
                   f'--embed={tmp_path}/new/b.c.NPZ')
     assert result.code == 0, result.err
-    assert os.listdir(tmp_path / 'new') == ['b.c.NPZ'] and np.load(tmp_path / 'new' / 'b.c.NPZ')['cls'].shape == (1, 32)
+    assert os.listdir(tmp_path / 'new') == ['b.c.NPZ']
+    assert np.load(tmp_path / 'new' / 'b.c.NPZ')['bands'].shape == (1, 512)
 
 
 def test_names_with_commas_folders_and_both(tmp_path):
@@ -754,36 +839,24 @@ def test_patches_that_float16_cannot_hold_are_not_written(pretrained, tmp_path):
     torch.save(state, tmp_path / 'odd.pt')
     tones(tmp_path, 'a.wav')
     assert is_one_line_error(call(evaluation.run, f'--ckpt={tmp_path}/odd.pt', f'--wav={tmp_path}/a.wav',
-                                  f'--embed={tmp_path}/x.npz'), 'odd.pt', 'float16')
-    assert not os.path.exists(tmp_path / 'x.npz')
+                                  f'--embed={tmp_path}/x.npz', '--patches'), 'odd.pt', 'float16')
+    assert sorted(os.listdir(tmp_path)) == ['a.wav', 'odd.pt']
 
 
 @pytest.mark.parametrize('value, fits', [(65504, True), (-65504, True), (65600, False), (-65600, False)])
-def test_the_largest_number_of_float16_fits(data_dir, value, fits):
-    """In one patch of one clip."""
-    def encoder(spec):
-        x = torch.zeros(len(spec), 33, 4)
-        x[1, 5] = value
-        return x
-    encoder.config = ASDAConfig(n_embd=4, frames=64)
-    spectrum = {'frames': 64, 'window': 'hamming', 'mean': -6.0, 'std': 3.0, 'repeat': False}
-    arguments = (encoder, open_clips(['noises'], data_dir).select(np.arange(3)), spectrum,
-                 processes.Process(0, 1, torch.device('cpu')), contextlib.nullcontext)
+def test_the_largest_number_of_float16_fits(tmp_path, value, fits):
+    """In one patch of one clip; float32 holds more."""
+    patches = np.zeros((3, 4, 2), np.float32)
+    patches[1, 2, 0] = value
+    batches = [(np.arange(3), {'patches': patches, 'cls': np.full((3, 5), 1e6, np.float32)})]
+    shapes = {'patches': (patches.shape, np.float16), 'cls': ((3, 5), np.float32)}
     if fits:
-        assert (embeddings(*arguments)[2][1, 4] == value).all()
+        write_arrays(f'{tmp_path}/x.npz', shapes, batches, {}, True)
+        with np.load(tmp_path / 'x.npz') as stored:
+            assert stored['patches'][1, 2, 0] == value and (stored['cls'] == 1e6).all()
         return
-    with pytest.raises(NotFiniteError, match='float16 cannot hold'):
-        embeddings(*arguments)
-
-
-def test_embeddings_that_take_too_much_memory_are_refused(pretrained, data_dir, tmp_path, monkeypatch):     # noqa: F811
-    """24 clips of 32 patches of 32 numbers in float32, and one byte less."""
-    assert evaluation.MAX_EMBEDDING_BYTES == 8 * 2 ** 30
-    argv = (f'--ckpt={pretrained}', '--dataset=noises', f'--data_dir={data_dir}', f'--embed={tmp_path}/x.npz')
-    monkeypatch.setattr(evaluation, 'MAX_EMBEDDING_BYTES', 24 * 32 * 32 * 4 - 1)
-    assert is_one_line_error(call(evaluation.run, *argv), 'patch embeddings of 24 clips')
-    monkeypatch.setattr(evaluation, 'MAX_EMBEDDING_BYTES', 24 * 32 * 32 * 4)
-    assert call(evaluation.run, *argv).code == 0
+    with pytest.raises(NotFiniteError, match='float16'):
+        write_arrays(f'{tmp_path}/x.npz', shapes, batches, {}, True)
 
 
 @pytest.mark.parametrize('multi_label', [False, True])

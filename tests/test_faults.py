@@ -620,13 +620,13 @@ def mutations(content, count, seed):
 
 
 FUZZ = '''
-import resource, sys, torch
+import contextlib, resource, sys, torch
 resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
 torch.set_num_threads(1)
 sys.path.insert(0, {root!r})
 import prepare
 from tests.test_faults import audio_file, mutations
-prepare.read_bytes = lambda place: place[1]
+prepare.content_of = lambda place: contextlib.nullcontext(place[1])
 good = bad = 0
 for suffix in ('.wav', '.flac', '.ogg', '.mp3'):
     for content in mutations(audio_file(suffix, 0.3), {count}, seed=1):

@@ -1,6 +1,5 @@
 """A prepared set's folder: what is replaced, kept, refused, gone on with, locked; and how a preparation is ended.
    python -m pytest tests/test_making.py"""
-import concurrent.futures
 import io
 import json
 import os
@@ -244,9 +243,10 @@ def test_two_preparations_in_one_folder(tmp_path):
 SLOW = '''
 import time, prepare
 from engine import processes
-def pack_clip(place, max_seconds, original=prepare.pack_clip):
+original = prepare.pack_clip
+def pack_clip(*arguments):
     time.sleep(0.2)
-    return original(place, max_seconds)
+    return original(*arguments)
 prepare.pack_clip = pack_clip
 processes.main(prepare.run)
 '''
@@ -298,25 +298,6 @@ def test_a_signal_to_the_whole_group_while_the_workers_start(tmp_path, number, c
     _, errors = running.communicate(timeout=60)
     assert running.returncode == code and 'interrupted' in errors and 'Traceback' not in errors, errors
     wait_for(lambda: not group_of(running.pid))                             # no worker is left
-
-
-def test_few_chunks_are_in_flight():
-    """However fast the workers and slow the writer: two chunks per worker at most."""
-    handed_out = []
-
-    class Pool:
-        count = 3
-
-        def submit(self, chunk, max_seconds):
-            handed_out.append(chunk)
-            done = concurrent.futures.Future()
-            done.set_result(chunk)
-            return done
-    places = list(range(100 * prepare.CHUNK))
-    for taken, place in enumerate(prepare.pack_in_order(places, 60, Pool())):
-        assert place == places[taken]
-        ahead = len(handed_out) - taken // prepare.CHUNK
-        assert ahead <= 2 * 3 and (ahead == 6 or len(handed_out) == 100)
 
 
 def test_the_preparation_of_the_demo_from_inside_a_run_keeps_its_signals(tmp_path):

@@ -5,6 +5,7 @@ numpy's own samplers and by counting; scikit-learn; plain loops. Sounds go in as
 possible.   python -m pytest tests/test_numbers.py
 """
 import collections
+import contextlib
 import csv
 import functools
 import hashlib
@@ -29,15 +30,17 @@ import prepare
 import pretrain
 from audio.clips import Clips, carve_validation, few_labels, key_hash, open_clips, task_splits
 from audio.decoding import decode_file
+from audio.workers import Worker, in_order
 from checkpoints.opening import open_checkpoint
 from configurator import configure
 from engine import processes, randomness, saving
 from engine.errors import DataError
 from model import ASDA, ASDAConfig, Encoder
 from recipes import demo
+from scoring.features import features, log_mel_statistics
 from scoring.metrics import describe
-from scoring.monitor import labelled_clips, monitor
-from scoring.probes import effective_rank, features, knn_accuracy, knn_scores, linear_probe, log_mel_statistics
+from scoring.monitor import labelled_clips, watch
+from scoring.probes import effective_rank, knn_accuracy, knn_scores, linear_probe
 from tools import results
 
 from .conftest import ROOT, TINY, call
@@ -219,28 +222,11 @@ def test_statistics_are_those_of_the_training_splits_real_frames(sets):
         assert some.statistics(window) == pytest.approx((values.mean(), values.std()), abs=1e-3)
 
 
-class CountingPool:
-    """A pool whose work is done when its result is asked for; it counts the chunks that are under way."""
-
-    def __init__(self, count):
-        self.count, self.under_way, self.most = count, 0, 0
-
-    def submit(self, chunk, max_seconds):
-        self.under_way += 1
-        self.most = max(self.most, self.under_way)
-
-        def result():
-            self.under_way -= 1
-            return prepare.pack_chunk(chunk, max_seconds)
-        return types.SimpleNamespace(result=result)
-
-
-def test_few_chunks_are_under_way_and_results_come_in_order():
-    """Reference: the same places packed one by one; a pool of n has work waiting, but at most 2 n chunks of it."""
+def test_clips_come_from_workers_in_order_and_as_from_one_process():
+    """Reference: the same places packed one by one, and kaldi's sums."""
     places = [(demo.synthesise, 1, i) for i in range(60)]
-    pool = CountingPool(3)
-    found = list(prepare.pack_in_order(places, 60, pool))
-    assert 3 < pool.most <= 6
+    with contextlib.closing(Worker()) as one, contextlib.closing(Worker()) as other:
+        found = list(in_order(prepare.pack_clip, places, (60,), [one, other]))
     for place, (pcm, sums) in zip(places, found, strict=True):
         wave = demo.synthesise(*place[1:])
         assert np.array_equal(pcm, np.rint(np.clip(wave * 2.0 ** 15, -2 ** 15, 2 ** 15 - 1)).astype(np.int16))
@@ -726,22 +712,37 @@ def tuned(sets, pretrained):
     return with_large_weights(f'{sets.root}/tuned/ckpt.pt', f'{sets.root}/tuned.pt')
 
 
-def reference_features(encoder, specs, waves):
-    """CLS, and the mean over the patches that hold a real frame, clip by clip."""
-    cls, means = [], []
-    for spec, wave in zip(specs, waves):
-        with torch.no_grad():
-            x = encoder(spec[None])[0].double().numpy()
-        frames = min(1 + (len(wave) - 400) // 160, 64)
-        real = [t * 8 + f for t in range(4) for f in range(8) if t * 16 < frames]
-        cls.append(x[0])
-        means.append(np.mean([x[1 + patch] for patch in real], axis=0))
-    return np.array(cls, np.float32), np.array(means, np.float32)
+def reference_features(encoder, waves, mean, std, frames=64):
+    """{pool: (clips, F)} as the docstrings promise, one window and one frame at a time: every real frame of a clip is
+    given the patches of its row, of the first window that sees it; means and deviations over those frames."""
+    found = {'cls': [], 'mean': [], 'bands': []}
+    for wave in waves:
+        total = 1 + (len(wave) - 400) // 160
+        of_frame, cls = [], []
+        while len(of_frame) < total:
+            first = max(min(len(of_frame), total - frames), 0)              # the last window ends with the clip
+            spec = network_input(wave[first * 160:(first + frames - 1) * 160 + 400], frames, 'hamming', mean, std)
+            with torch.no_grad():
+                x, states = encoder.norm(torch.cat([encoder.cls[0], encoder.embed(spec[None])[0]])[None]), []
+                for block in encoder.blocks:
+                    x, _ = block(x)
+                    states.append(x[0].double().numpy())
+            state = np.mean(states, axis=0)                                 # (1 + P, D)
+            new = range(len(of_frame), min(first + frames, total))
+            of_frame += [state[1 + (frame - first) // 16 * 8:][:8].reshape(-1) for frame in new]
+            cls += [state[0]] * len(new)
+        of_frame = np.array(of_frame)
+        found['cls'].append(np.mean(cls, axis=0))
+        found['mean'].append(of_frame.mean(axis=0).reshape(8, -1).mean(axis=0))
+        found['bands'].append(np.concatenate([of_frame.mean(axis=0), of_frame.std(axis=0)]))
+    return {pool: np.array(values, np.float32) for pool, values in found.items()}
 
 
 def right_by_knn(train, train_labels, test, test_labels, k=10):
-    """How many of test a loop gets right: k nearest by cosine, most votes, then the larger sum of similarities."""
-    unit = [part / np.linalg.norm(part, axis=1, keepdims=True) for part in (train, test)]
+    """How many of test a loop gets right: features standardised by train, k nearest by cosine, most votes, then the
+    larger sum of similarities."""
+    parts = [(part - train.mean(axis=0)) / (train.std(axis=0) + 1e-6) for part in (train, test)]
+    unit = [part / np.linalg.norm(part, axis=1, keepdims=True) for part in parts]
     right = 0
     for row, label in zip(unit[1], test_labels):
         near = sorted(range(len(train)), key=lambda i: -(row @ unit[0][i]))[:k]
@@ -768,24 +769,24 @@ def test_probes_see_the_sets_own_statistics_and_only_its_sound(sets, pretrained,
     """Reference: kaldi.fbank normalised by the probed set's training split (not by the checkpoint's statistics), the
     encoder clip by clip, a loop of nearest neighbours, scikit-learn; with few labels that the seed draws."""
     settings = configure(evaluation.__file__, [f'--ckpt={pretrained}', '--dataset=noises', f'--data_dir={sets.root}',
-                                               '--labels_per_class=8', f'--seed={seed}', '--validation_part=0.3'])
+                                               '--labels_per_class=8', f'--seed={seed}', '--validation_part=0.3',
+                                               '--pool=cls,bands,mean'])
     parts = task_splits('noises', sets.root, labels_per_class=8, seed=seed, validation_part=0.3)[:3]
     values = training_values(sets, 'noises')
     loaded = open_checkpoint(pretrained)
     loaded.encoder.eval()
     assert abs(loaded.spectrum['mean'] - values.mean()) > 2
-    seen = []
-    hook = loaded.encoder.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].clone()))
     found = evaluation.probe_pretrained(loaded, settings, CPU, processes.autocast(CPU, 'float32')[0])
-    hook.remove()
     waves = [[sets.noises[key] for key in part.keys()] for part in parts]
-    specs = [[network_input(wave, 64, 'hamming', values.mean(), values.std()) for wave in part] for part in waves]
-    torch.testing.assert_close(torch.cat(seen), torch.stack(sum(specs, [])), atol=2e-3, rtol=0)
+    torch.manual_seed(seed)
+    untrained = Encoder(loaded.config).eval()
 
     labels = [np.array(['xyz'.index(key[0]) for key in part.keys()]) for part in parts]
-    encoded = [reference_features(loaded.encoder, part, wave) for part, wave in zip(specs, waves)]
+    encoded, random = ([reference_features(encoder, part, values.mean(), values.std()) for part in waves]
+                       for encoder in (loaded.encoder, untrained))
     mels = [[(kaldi_log_mel(wave) - values.mean()) / (2 * values.std()) for wave in part] for part in waves]
-    kinds = {'CLS': [part[0] for part in encoded], 'mean of patches': [part[1] for part in encoded],
+    kinds = {**{pool: [part[pool] for part in encoded] for pool in encoded[0]},
+             **{f'random weights, {pool}': [part[pool] for part in random] for pool in random[0]},
              'log-mel statistics': [np.array([[*x.mean(axis=0), *x.std(axis=0)] for x in part]) for part in mels]}
     for kind, (x, v, t) in kinds.items():
         assert found[kind]['kNN']['right'] == right_by_knn(x, labels[0], t, labels[2]), kind
@@ -794,7 +795,7 @@ def test_probes_see_the_sets_own_statistics_and_only_its_sound(sets, pretrained,
         if scores['l2'] in by_strength:                                     # the weaker converge slowly
             assert scores['right'] == by_strength[scores['l2']][1], kind
         assert scores['clips'] == len(labels[2])
-    assert any(found[kind]['linear probe']['l2'] >= 1.0 for kind in kinds)
+    assert any(found[kind]['linear probe']['l2'] >= 1.0 for kind in kinds) and found.keys() == kinds.keys()
 
 
 def test_the_seed_of_the_probe_draws_its_labels(sets, pretrained):
@@ -805,26 +806,42 @@ def test_the_seed_of_the_probe_draws_its_labels(sets, pretrained):
     assert len(keys) == 2
 
 
-def test_the_monitor_uses_the_statistics_of_its_own_set(sets):
+def test_the_monitor_uses_the_statistics_of_its_own_set(sets, monkeypatch):
     """Reference: kaldi.fbank normalised by the monitored set's training part; neighbours by a loop; the rank from the
     eigenvalues of the covariance."""
     torch.manual_seed(0)
     encoder = Encoder(ASDAConfig(n_layer=2, n_head=2, n_embd=32, frames=64, decoder_groups=4)).eval()
     train, valid = labelled_clips('noises', sets.root, 1, CPU)
     assert not set(train.keys()) & set(valid.keys())
-    found = monitor(encoder, (train, valid), {'frames': 64, 'window': 'hamming', 'repeat': False}, CPU,
-                    processes.autocast(CPU, 'float32')[0], 0)
     values = np.concatenate([kaldi_log_mel(sets.noises[key]) for key in train.keys()]).astype(np.float64)
-    encoded = []
+    said, noted = [], {}
+    run = types.SimpleNamespace(
+        settings=types.SimpleNamespace(eval_dataset='noises', workers=0), done=0, process=CPU,
+        model=types.SimpleNamespace(encoder=encoder), note=lambda scores, **logged: noted.update(logged))
+    monkeypatch.setattr(processes.Process, 'print', lambda self, text: said.append(text))
+    watch(run, (train, valid), {'frames': 64, 'window': 'hamming', 'repeat': False},
+          processes.autocast(CPU, 'float32')[0])
+    found, encoded = noted, []
+    mels = []
     for part in (train, valid):
-        waves = [sets.noises[key] for key in part.keys()]
-        encoded.append(reference_features(encoder, [network_input(
-            wave, 64, 'hamming', values.mean(), values.std()) for wave in waves], waves))
-    for kind, name in ((0, 'knn_cls'), (1, 'knn_patches')):
-        right = right_by_knn(encoded[0][kind], train.label, encoded[1][kind], valid.label)
-        assert found[name] == pytest.approx(right / len(valid))
+        mels.append([(kaldi_log_mel(sets.noises[key]) - values.mean()) / (2 * values.std()) for key in part.keys()])
+        encoded.append(reference_features(encoder, [sets.noises[key] for key in part.keys()], values.mean(),
+                                          values.std()))
+    for pool in ('cls', 'bands'):
+        right = right_by_knn(encoded[0][pool], train.label, encoded[1][pool], valid.label)
+        assert found[{'cls': 'knn_cls', 'bands': 'knn'}[pool]] == pytest.approx(right / len(valid))
+    right = scores_by_scikit_learn([encoded[0]['bands'], encoded[1]['bands'], encoded[1]['bands']],
+                                   [train.label, valid.label, valid.label], [0.1])[0.1][1]
+    assert found['probe'] == pytest.approx(right / len(valid))
+    x, t = (np.array([[*mel.mean(axis=0), *mel.std(axis=0)] for mel in part]) for part in mels)
+    assert found['noises_log_mel_knn'] == pytest.approx(right_by_knn(x, train.label, t, valid.label) / len(valid))
+    assert len(said) == 2 and 'log-mel' in said[0] and 'step 0' in said[1]
+    run.done = 5
+    watch(run, (train, valid), {'frames': 64, 'window': 'hamming', 'repeat': False},
+          processes.autocast(CPU, 'float32')[0])
+    assert len(said) == 3                                                   # the baseline does not change
     assert found['chance'] == pytest.approx(np.bincount(valid.label).max() / len(valid))
-    assert found['effective_rank'] == pytest.approx(rank_by_eigenvalues(encoded[1][0]), rel=1e-2)
+    assert found['effective_rank'] == pytest.approx(rank_by_eigenvalues(encoded[1]['cls']), rel=1e-2)
 
 
 def rank_by_eigenvalues(x):
@@ -919,32 +936,29 @@ def test_the_baseline_is_over_a_clips_real_frames(sets):
 
 def test_embeddings_are_means_over_sound_not_over_padding(sets, pretrained, tmp_path):
     """Reference: kaldi.fbank normalised by the checkpoint's statistics, or by --norm_mean and --norm_std, and the
-    encoder clip by clip; means over the patches that hold a real frame."""
+    encoder block by block, clip by clip, frame by frame."""
     loaded = open_checkpoint(pretrained)
     loaded.encoder.eval()
     values = training_values(sets, 'whispers')
     for options, (mean, std) in (([], (values.mean(), values.std())),
                                  (['--norm_mean=-6.5', '--norm_std=3.5'], (-6.5, 3.5))):
         made = call(evaluation.run, f'--ckpt={pretrained}', '--dataset=noises', f'--data_dir={sets.root}',
-                    f'--embed={tmp_path}/x.npz', '--batch_size=13', '--dtype=float32', *options)
+                    f'--embed={tmp_path}/x.npz', '--batch_size=13', '--dtype=float32', '--pool=bands,cls,mean',
+                    *options)
         assert made.code == 0, made.err
         with np.load(tmp_path / 'x.npz') as stored:
             waves = [sets.noises[key] for key in stored['names']]
             assert sorted(stored['names']) == sorted(sets.noises) and not stored['start'].any()
-            assert stored['sound'].tolist() == [1 + (len(wave) - 400) // 160 for wave in waves]
-            specs = [network_input(wave, 64, 'hamming', mean, std) for wave in waves]
-            cls, means = reference_features(loaded.encoder, specs, waves)
-            np.testing.assert_allclose(stored['cls'], cls, atol=2e-3)
-            np.testing.assert_allclose(stored['mean'], means, atol=2e-3)
-            with torch.no_grad():
-                np.testing.assert_allclose(stored['patches'], loaded.encoder(torch.stack(specs))[:, 1:], atol=1e-2)
+            for pool, want in reference_features(loaded.encoder, waves, mean, std).items():
+                np.testing.assert_allclose(stored[pool], want, atol=2e-3)
+            assert [str(stored['classes'][label]) for label in stored['labels']] == [
+                str(key)[0] for key in stored['names']]
     clips = open_clips(['noises'], sets.root)
     waves = [sets.noises[key] for key in clips.keys()]
-    cls, means = features(loaded.encoder, clips, {'frames': 64, 'window': 'hamming', 'mean': -6.5, 'std': 3.5,
-                                                  'repeat': False}, CPU, torch.no_grad, batch_size=11)
-    want = reference_features(loaded.encoder, [network_input(wave, 64, 'hamming', -6.5, 3.5) for wave in waves], waves)
-    np.testing.assert_allclose(cls, want[0], atol=2e-3)
-    np.testing.assert_allclose(means, want[1], atol=2e-3)
+    spectrum = {'frames': 64, 'window': 'hamming', 'mean': -6.5, 'std': 3.5, 'repeat': False}
+    for pool, want in reference_features(loaded.encoder, waves, -6.5, 3.5).items():
+        got = features(loaded.encoder, clips, spectrum, CPU, torch.no_grad, pool, batch_size=11)
+        np.testing.assert_allclose(got, want, atol=2e-3)
 
 
 def softmax(logits):

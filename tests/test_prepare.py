@@ -18,7 +18,7 @@ import prepare
 from audio import decoding, making
 from audio import sources as audio_sources
 from audio.clips import open_clips, task_splits
-from audio.sources import read_bytes
+from audio.sources import content_of
 from recipes import plan as plan_file
 from recipes.demo import synthesise
 
@@ -309,35 +309,18 @@ def test_real_damaged_files_are_skipped(tmp_path):
             and len(open_clips(['set'], str(tmp_path))) == 3)
 
 
-def crash_on(place, max_seconds):
+def crash_on(place, *how):
     """Stands for a decoder that takes its process down."""
     if place[1].endswith('13.wav'):
         os._exit(139)
-    return real_pack_clip(place, max_seconds)
+    return real_pack_clip(place, *how)
 
 
 real_pack_clip = prepare.pack_clip
 
 
-def crashing_chunk(places, max_seconds):
-    return [crash_on(place, max_seconds) for place in places]
-
-
-def test_a_worker_killed_between_two_files_costs_nothing(tmp_path):
-    write_tree(tmp_path / 'x', noises(60))
-    places = [('file', str(path)) for path in sorted((tmp_path / 'x').rglob('*.wav'))]
-    want = list(prepare.pack_in_order(places, 60, None))
-    with prepare.Workers(1) as pool:
-        results = prepare.pack_in_order(places, 60, pool)
-        got = [next(results)]
-        for process in list(pool.pool._processes.values()):
-            process.kill()
-        got += results
-    assert [len(pcm) for pcm, _ in got] == [len(pcm) for pcm, _ in want]
-
-
 def test_a_decoder_that_crashes_costs_its_file_only(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, 'pack_chunk', crashing_chunk)
+    monkeypatch.setattr(prepare, 'pack_clip', crash_on)
     source = write_tree(tmp_path / 'x', noises(40))
     result = call(prepare.run, 'folder', '--workers=2', f'--source={source}', f'--out_dir={tmp_path}/set',
                   '--max_bad=0.1')
@@ -434,13 +417,13 @@ def test_wrong_commands(tmp_path, monkeypatch, argv, words):
 
 def test_a_failing_disk_stops_and_loses_nothing(tmp_path, monkeypatch):
     source = write_tree(tmp_path / 'x', noises(8))
-    original = read_bytes
+    original = content_of
 
     def failing(place):
         if place[1].endswith('5.wav'):
             raise OSError(errno.EIO, 'Input/output error', place[1])
         return original(place)
-    monkeypatch.setattr(prepare, 'read_bytes', failing)
+    monkeypatch.setattr(prepare, 'content_of', failing)
     assert is_one_line_error(run('folder', f'--source={source}', f'--out_dir={tmp_path}/set'), '5.wav', 'Input/output')
     monkeypatch.undo()
     assert run('folder', f'--source={source}', f'--out_dir={tmp_path}/set', '--test_part=0', '--overwrite').code == 0
@@ -480,7 +463,7 @@ def test_a_shard_of_another_seed_is_not_taken_for_this_one(tmp_path, monkeypatch
 
 def test_long_clips_are_counted_in_pieces(tmp_path, monkeypatch):
     whole = prepare.pack_clip((synthesise, 1, 3), 60)[1]
-    monkeypatch.setattr(prepare, 'MINUTE', 37)
+    monkeypatch.setattr(prepare, 'FRAMES', 37)
     np.testing.assert_allclose(prepare.pack_clip((synthesise, 1, 3), 60)[1], whole, rtol=1e-6)
 
 

@@ -1,5 +1,6 @@
 """Pre-training as a run: schedules, processes and accumulation, resuming, refusals.
    python -m pytest tests/test_pretrain.py"""
+import dataclasses
 import json
 import math
 import os
@@ -19,6 +20,7 @@ import data
 import prepare
 import pretrain
 from audio.clips import open_clips
+from checkpoints import authors
 from configurator import configure
 from engine import processes, saving
 from engine.errors import ConfigError, DataError, RunError
@@ -65,6 +67,48 @@ def straight(data_dir, tmp_path_factory):
     result = call(pretrain.run, *RUN, f'--data_dir={data_dir}', f'--out_dir={out}')
     assert result.code == 0, result.err
     return out
+
+
+@pytest.fixture(scope='module')
+def begun(data_dir, straight, tmp_path_factory):
+    """A run of one step at no learning rate that began with the weights of another."""
+    out = str(tmp_path_factory.mktemp('begun'))
+    result = call(pretrain.run, *RUN, f'--data_dir={data_dir}', f'--out_dir={out}', f'--init={straight}/ckpt.pt',
+                  '--lr=0', '--ema_start=1', '--ema_end=1', '--max_steps=1', '--warmup_steps=0', '--dataset=demo',
+                  '--seed=9')
+    assert result.code == 0, result.err
+    return out
+
+
+def test_a_run_begins_with_the_weights_of_another(straight, begun, data_dir, tmp_path):
+    """Encoder, decoder and teacher; of the authors' checkpoints too; on other sounds; resumed without that file."""
+    assert same_state(weights_of(begun)['model'], weights_of(straight)['model'])
+    theirs = os.path.join(ROOT, 'tests', 'fixtures', 'authors_tiny_pretrain.pt')
+    want = authors.load_pretrained(theirs)
+    sizes = [f'--{name}={value}' for name, value in dataclasses.asdict(want.config).items()]
+    how = [*sizes, '--dataset=noises', f'--data_dir={data_dir}', f'--out_dir={tmp_path}/theirs', '--batch_size=2',
+           f'--init={tmp_path}/theirs.pt', '--lr=0', '--ema_start=1', '--ema_end=1', '--warmup_steps=0', '--workers=0',
+           '--mask_block=2']
+    shutil.copy(theirs, tmp_path / 'theirs.pt')
+    made = call(pretrain.run, *how, '--max_steps=1')
+    assert made.code == 0, made.err
+    assert same_state(weights_of(tmp_path / 'theirs')['model'], want.state_dict())
+    os.remove(tmp_path / 'theirs.pt')
+    resumed = call(pretrain.run, *how, '--max_steps=2', '--resume')
+    assert resumed.code == 0 or 'max_steps' in resumed.err, resumed.err
+
+
+@pytest.mark.parametrize('options, words', [
+    (['--init=/absent.pt'], ['/absent.pt']), (['--n_layer=1'], ['n_layer']), (['--head_norm=all'], ['head_norm']),
+    (['--diff_lambda=0.5'], ['diff_lambda']), (['--n_embd=64'], ['n_embd'])])
+def test_what_a_run_cannot_begin_with(straight, data_dir, tmp_path, options, words):
+    result = call(pretrain.run, *RUN, f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out',
+                  f'--init={straight}/ckpt.pt', *options)
+    assert is_one_line_error(result, *words)
+    fine_tuned = os.path.join(ROOT, 'tests', 'fixtures', 'eat_tiny_finetune.pt')
+    assert is_one_line_error(call(pretrain.run, *RUN, f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out',
+                                  f'--init={fine_tuned}'), 'eat_tiny_finetune.pt', 'fine-tuned')
+    assert not os.path.exists(tmp_path / 'out' / 'ckpt.pt')
 
 
 def test_schedules():
@@ -143,9 +187,10 @@ def test_a_collapse_is_a_variance_below_a_twentieth(capsys):
                          '--ema_start=0.5', '--ema_end=0.9')
         run = types.SimpleNamespace(settings=given, process=processes.Process(0, 1, torch.device('cpu')),
                                     what_is_saved=lambda: 'nothing is saved')
-        values = {'step': 4, 'target_std': variance ** 0.5, 'loss': 1.5, 'explained': 0.25}
+        values = {'step': 4, 'target_std': variance ** 0.5, 'loss': 1.5, 'content': 0.25, 'place': 0.5}
         words = pretrain.report(values, run)
-        assert words == 'loss 1.500  explained 25.0%'
+        assert words == 'loss 1.500  content 25.0%  place 50.0%'
+        assert pretrain.report({**values, 'content': math.nan}, run) == 'loss 1.500'        # of one clip
         assert values['lr'] == pytest.approx(0.3) and values['ema'] == pytest.approx(0.8)       # of the third update
         return capsys.readouterr().out
     assert said(0.051, 0.0) == '' and said(0.051, 0.05) == ''
@@ -158,7 +203,8 @@ def test_a_run_logs_learns_and_can_be_read(straight):
     lines = log_of(straight)
     assert [line['step'] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert lines[-1]['loss'] < lines[0]['loss']
-    for key in ('loss', 'frame', 'utterance', 'target_std', 'pred_std', 'explained', 'grad_norm', 'lr', 'ema'):
+    for key in ('loss', 'frame', 'utterance', 'target_std', 'pred_std', 'explained', 'content', 'place', 'grad_norm',
+                'lr', 'ema'):
         assert all(key in line for line in lines)
     assert sorted(os.listdir(straight)) == ['ckpt.1.pt', 'ckpt.pt', 'log.jsonl']
     state = weights_of(straight)
@@ -437,9 +483,10 @@ def test_monitor_and_next_step(data_dir, tmp_path):
                   f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out')
     assert result.code == 0, result.err
     scores = [line for line in log_of(tmp_path / 'out') if 'knn_cls' in line]
-    assert ([line['step'] for line in scores] == [3, 6]
+    assert ([line['step'] for line in scores] == [0, 3, 6]
             and all(0 <= line['knn_cls'] <= 1 and line['effective_rank'] > 1 for line in scores))
     steps = [line for line in result.out.splitlines() if re.match(r'step \d/6  loss', line)]
+    assert 'demo, log-mel statistics: kNN' in result.out
     assert len(steps) == 6 and all(re.search(r' clips/s  (\d+m )?\d+s left$', line) for line in steps)
     assert steps[-1].endswith(' 0s left')
     hours = open_clips(['demo'], data_dir).length.sum() / 16000 / 3600
@@ -447,7 +494,7 @@ def test_monitor_and_next_step(data_dir, tmp_path):
     assert '; 4 x 8 patches, 6 of them kept by each of 2 students\n' in result.out
     assert f'next:  python eval.py --ckpt={tmp_path}/out/ckpt.pt --dataset=demo ' in result.out
     assert f'       python finetune.py config/finetune_demo.py --ckpt={tmp_path}/out/ckpt.pt' in result.out
-    other = pretrain.settings_next(settings('--eval_dataset=noises', f'--data_dir={data_dir}', '--out_dir=x'))
+    other = monitor.what_next(settings('--eval_dataset=noises', f'--data_dir={data_dir}', '--out_dir=x'))
     assert other == 'next:  python eval.py --ckpt=x/ckpt.pt --dataset=noises      # kNN and linear probe'
 
 
@@ -488,7 +535,7 @@ def test_evaluation_reads_with_the_workers_of_the_settings(data_dir, tmp_path, m
     monkeypatch.setattr(data, 'loader', lambda *a, **k: asked.append(a[2]) or plain(*a, **k))
     assert call(pretrain.run, *RUN, '--max_steps=3', '--eval_dataset=noises', '--workers=1', f'--data_dir={data_dir}',
                 f'--out_dir={tmp_path}/out').code == 0
-    assert asked == [1, 1]
+    assert asked == [1] * 6                                                 # log-mel, step 0 and the end
 
 
 def test_the_commit_is_that_of_the_start(data_dir, tmp_path, monkeypatch):
@@ -530,8 +577,9 @@ def test_a_step_is_a_line_of_a_terminal(straight, data_dir, tmp_path):
     result = call(pretrain.run, *RUN, '--max_steps=3', '--eval_dataset=noises', f'--data_dir={data_dir}',
                   f'--out_dir={tmp_path}/out')
     steps = [line for line in result.out.splitlines() if line.startswith('step ')]
-    assert len(steps) == 4 and max(map(len, steps[:3])) <= 80
-    assert re.fullmatch(r'step 1/3  loss \d+\.\d{3}  explained -?\d+\.\d%  [\d,]+\.\d clips/s  \d+s left', steps[0])
+    assert len(steps) == 3 and max(map(len, steps)) <= 80
+    assert re.fullmatch(r'step 1/3  loss \d+\.\d{3}  content -?\d+\.\d%  place -?\d+\.\d%  [\d,]+\.\d clips/s  '
+                        r'\d+s left', steps[0])
 
 
 def test_importing_the_stage_loads_neither_recipes_nor_decoders():
@@ -563,12 +611,12 @@ def test_bf16_follows_float32(data_dir, tmp_path):
 
 @pytest.mark.slow
 def test_bf16_follows_float32_to_the_end_of_the_demo(tmp_path):
-    """config/demo.py in both precisions: the same final kNN accuracy within two points, CLS and patches."""
+    """config/demo.py in both precisions: the same final kNN accuracy within two points, CLS and bands."""
     scores = []
     for dtype in ('float32', 'bfloat16'):
         result = script('pretrain.py', 'config/demo.py', f'--dtype={dtype}', f'--data_dir={tmp_path}/data',
                         '--device=cpu', f'--out_dir={tmp_path}/{dtype}', timeout=3000)
         assert result.returncode == 0, result.stderr
         scores.append(next(line for line in reversed(log_of(tmp_path / dtype)) if 'knn_cls' in line))
-    for name in ('knn_cls', 'knn_patches'):
+    for name in ("knn_cls", "knn"):
         assert scores[1][name] == pytest.approx(scores[0][name], abs=0.02), scores

@@ -16,7 +16,8 @@ import pretrain
 
 from .conftest import ROOT, TINY, call, write_wav
 
-PAGES = ['README.md', *(f'docs/{page}.md' for page in 'datasets results ablations scaling paper_and_code'.split())]
+PAGES = ['README.md', *(f'docs/{page}.md' for page in
+                        'datasets results ablations scaling paper_and_code walkthrough'.split())]
 
 
 def read(path):
@@ -127,7 +128,8 @@ def test_the_path_from_a_folder_of_ones_own(tmp_path, monkeypatch):
 
 def test_the_readme_is_short_and_its_links_and_files_exist():
     assert len(README.splitlines()) <= 130
-    links = re.findall(r'\]\((?!http)([^)#]+)\)', TEXT)
+    links = [os.path.join(os.path.dirname(page), link) for page in PAGES
+             for link in re.findall(r'\]\((?!http)([^)#]+)[^)]*\)', read(page))]
     tree = re.findall(r'^([a-z_]+(?:\.py|/))', re.search(r'```\n(model\.py.*?)```', README, re.S)[1], re.M)
     assert len(links) >= 5 and len(tree) >= 14
     for path in [*links, *tree]:

@@ -40,7 +40,7 @@ def planned(names, monkeypatch, test_part=0.2, label='parent'):
         patch.setattr(folder, 'list_source', lambda *_: files)
         _, settings = prepare.configured(['folder', '--source=/absent', f'--test_part={test_part}', f'--label={label}'])
         made = folder.plan(settings)
-    return {made.keys[i]: base.split('-')[0] for base, rows in made.shards() for i in rows}
+    return {made.key(i): base.split('-')[0] for base, numbers in made.shards() for i in numbers}
 
 
 # ------------------------------------------------------------------------------------------------------------ the split
@@ -258,7 +258,8 @@ def test_an_option_of_another_recipe_is_refused(tmp_path, recipe, option):
     ('folder', {'source', 'label', 'test_part', 'split_file'})])
 def test_help_lists_the_settings_of_a_recipe(recipe, own):
     result = run(recipe, '--help')
-    every = {'out_dir', 'workers', 'shards', 'overwrite'} | ({'max_bad', 'max_minutes'} if 'source' in own else set())
+    every = {'out_dir', 'workers', 'memory', 'shards', 'overwrite'}
+    every |= {'max_bad', 'max_minutes'} if 'source' in own else set()
     assert result.code == 0 and set(re.findall(r'^  --(\w+)=', result.out, re.M)) == every | own
 
 
@@ -277,11 +278,12 @@ def test_the_order_of_many_keys_is_that_of_sorting_them_at_once(monkeypatch):
     monkeypatch.setattr(plan_file, 'SHARD_CLIPS', 30)
     rng = np.random.default_rng(0)
     keys = [f'{"äz😀A"[rng.integers(4)]}{rng.integers(60)}' for _ in range(200)]          # some of them twice
-    made = Plan(lambda i: ('file', str(i)), [])
-    for i, key in enumerate(keys):
-        made.add(key, i, 'train')
+    made = Plan([], lambda i: ('file', str(i)), keys.__getitem__)
+    for i in range(len(keys)):
+        made.add(i)
     shards = made.shards()
-    assert [made.keys[i] for _, rows in shards for i in rows] == sorted(set(keys))
-    assert {made.keys[i]: made.files[i] for _, rows in shards for i in rows} == {key: i for i, key in enumerate(keys)}
+    found = [made.entry(i) for _, numbers in shards for i in numbers]
+    assert [entry.key for entry in found] == sorted(set(keys))
+    assert {entry.key: int(entry.place[1]) for entry in found} == {key: i for i, key in enumerate(keys)}
     assert [name for name, _ in shards] == [f'train-{i:05d}' for i in range(len(shards))]
     assert [len(rows) for _, rows in shards[:-1]] == [30] * (len(shards) - 1)

@@ -289,11 +289,11 @@ def test_pretraining_in_bfloat16(sets, tmp_path):
 
 def test_what_pretraining_says_of_its_features(sets, tmp_path):
     """Effective rank, chance and kNN accuracy of the CLS, by numpy from the checkpoint: a part of the clips is
-    held out; first frames; the mean and standard deviation of the clips that are not held out."""
+    held out; the mean and standard deviation of the clips that are not held out."""
     assert call(pretrain.run, *COMMON, *options({**PRETRAINING, **PRETRAIN}), '--dtype=float32', '--dataset=many',
                 '--eval_dataset=sounds', '--window=hanning', f'--data_dir={sets}',
                 f'--out_dir={tmp_path}').code == 0
-    (scores,) = log_of(tmp_path, 'knn_cls')
+    _, scores = log_of(tmp_path, 'knn_cls')         # of step 0 and the end
     clips = open_clips(['sounds'], sets)
     parts = carve_validation(clips, 0.3)
     waves = [[part.read(i) for i in range(len(part))] for part in parts]
@@ -301,9 +301,20 @@ def test_what_pretraining_says_of_its_features(sets, tmp_path):
     encoder = networks.Encoder(networks.ASDAConfig(**PRETRAINING))
     state = torch.load(tmp_path / 'ckpt.pt', weights_only=True)['model']
     encoder.load_state_dict({name[8:]: value for name, value in state.items() if name.startswith('encoder.')})
-    with torch.no_grad():
-        spec = (log_mels([wave[:SAMPLES] for wave in waves[1]], 'hanning') - mean) / (2 * std)
-        valid = encoder(spec)[:, 0].double().numpy()
+    valid = []
+    for wave in waves[1]:                           # whole clips, frame by frame: windows of the input length
+        total, cls = 1 + (len(wave) - 400) // 160, []
+        while len(cls) < total:
+            first = max(min(len(cls), total - FRAMES), 0)
+            spec = (log_mels([wave[first * 160:][:SAMPLES]], 'hanning') - mean) / (2 * std)
+            with torch.no_grad():
+                x, states = encoder.norm(torch.cat([encoder.cls, encoder.embed(spec)], dim=1)), []
+                for block in encoder.blocks:
+                    x, _ = block(x)
+                    states.append(x[0, 0])
+            cls += [torch.stack(states).mean(dim=0).double().numpy()] * (min(first + FRAMES, total) - len(cls))
+        valid.append(np.mean(cls, axis=0))
+    valid = np.array(valid)
     values = np.linalg.svd(valid - valid.mean(axis=0), compute_uv=False)
     share = values[values > 1e-6] / values.sum()
     assert scores['effective_rank'] == pytest.approx(math.exp(-(share * np.log(share)).sum()), rel=1e-3)

@@ -122,15 +122,15 @@ def test_validation_chooses_and_the_file_says_what_was_run(pretrained, data_dir,
 
 
 def test_probes_are_told_what_the_task_says(tmp_path, monkeypatch):
-    """Set, fold, labels, length and seed of the fine-tuning reach the probes."""
+    """Set, fold, labels and seed of the fine-tuning reach the probes."""
     (tmp_path / 'tiny.py').write_text("dataset = 'digits'\nfold = 'theo'\nlabels_per_class = 7\n")
     monkeypatch.setattr(results, 'TASKS', {'digits': ([str(tmp_path / 'tiny.py'), '--frames=96'], 3, {})})
     commands = []
     monkeypatch.setattr(results.evaluation, 'run', lambda command: commands.append(command) or {
         'CLS': {'kNN': {'accuracy': 0.5, 'right': len(commands), 'clips': 2}}})
-    found = results.probes(types.SimpleNamespace(ckpt='x.pt', data_dir='sets', seeds=2), 'digits')
+    found = results.probes(types.SimpleNamespace(ckpt='x.pt', data_dir='sets', seeds=2, pool='bands'), 'digits')
     assert [set(command) for command in commands] == [
-        {'--ckpt=x.pt', '--dataset=digits', '--data_dir=sets', '--fold=theo', '--labels_per_class=7', '--frames=96',
+        {'--ckpt=x.pt', '--dataset=digits', '--data_dir=sets', '--fold=theo', '--labels_per_class=7', '--pool=bands',
          f'--seed={seed}', '--device=cpu'} for seed in (1, 2)]
     assert list(found) == ['kNN, CLS'] and [score['right'] for score in found['kNN, CLS']] == [1, 2]
     assert [score['command'] for score in found['kNN, CLS']] == [['eval.py', *command] for command in commands]

@@ -153,7 +153,7 @@ def test_a_name_twice_in_a_zip_is_its_last(tmp_path):
     clips = open_clips(['set'], str(tmp_path))
     assert list(clips.keys()) == ['a/1.wav', 'b/2.wav'] and clips.length.tolist() == [4800, 6400]
     files = list_source(f'{tmp_path}/x.zip', str(tmp_path))
-    assert files.place(1)[2:] == (1, zlib.crc32(audio_file('.wav', 0.3)))          # its number and checksum
+    assert files.place(1)[-1] == zlib.crc32(audio_file('.wav', 0.3))
 
 
 def test_links_and_sparse_files_in_tars_are_counted(tmp_path, capsys):
@@ -351,7 +351,7 @@ def test_a_long_mp3_has_no_wrong_samples_between_two_blocks():
     content = audio_file('.mp3', 26.0, 44100)
     whole, _ = soundfile.read(io.BytesIO(content), dtype='float32')
     with decoding.Stream(io.BytesIO(content)) as file:
-        got, rate = decoding.by_soundfile(file, content, 60)
+        [(got, rate)] = [(np.concatenate(list(got)), rate) for got, rate in decoding.by_soundfile(file, content, 60)]
     assert rate == 44100 and len(got) > 1 << 20 and np.array_equal(got, whole)
 
 

@@ -1,6 +1,7 @@
 """The pictures: what they draw is what the model computes.   python -m pytest tests/test_viz.py"""
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -69,20 +70,36 @@ def test_the_students_of_the_picture_see_what_its_title_says(pretrained, sound):
         assert shown == kept * patch and axis.get_title().endswith(f'{kept} of 32')
 
 
-def test_where_two_runs_part():
-    def run(settings, losses):
-        return settings, {'loss': ([10, 20, 30], losses)}, {}
-    one, other = run({'lr': 1, 'seed': 1}, [3.0, 2.0, 1.0]), run({'lr': 2, 'seed': 1}, [3.0, 2.0, 1.5])
-    assert viz.where_they_part(one, other) == ('losses part by more than 2% at step 30: 1 / 1.5; '
-                                               'settings that differ: lr 1 / 2')
-    assert viz.where_they_part(one, one) == ('losses agree to 2% over the 3 steps that both logged, up to 30; '
-                                             'no setting differs')
-    assert viz.where_they_part(one, ({}, {}, {})) == 'no step in common; no setting differs'
+def a_log(path, losses, every=10, **settings):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({'start': 0, 'settings': {'lr': 1.0, **settings}, 'time': 5.0}) + '\n' + ''.join(
+        json.dumps({'step': every * k, 'loss': loss, 'time': 5.0 + k}) + '\n' for k, loss in enumerate(losses, 1)))
+    return path
+
+
+def test_curves_over_a_reference(tmp_path):
+    """Folders without their names, the reference first and in grey; where they part in words."""
+    a_log(tmp_path / 'demo.jsonl', [4.0, 3.0, 2.0], seed=1)
+    for name, losses in (('a', [4.0, 3.1, 2.0]), ('b', [4.0, 3.0, 2.0])):
+        a_log(tmp_path / name / 'log.jsonl', losses, seed=2)
+    result = call(viz.run, 'curves', tmp_path / 'a', f'{tmp_path}/b/log.jsonl', f'--reference={tmp_path}/demo.jsonl')
+    assert result.code == 0 and os.path.exists(tmp_path / 'a' / 'curves.png'), result.err
+    one, other, _ = result.out.splitlines()
+    assert one.startswith(f'{tmp_path}/demo / {tmp_path}/a: losses part by more than 2 % at step 20: 3 / 3.1')
+    assert other.startswith(f'{tmp_path}/demo / {tmp_path}/b: losses agree to 2 %') and 'seed 1 / 2' in other
+    result = call(viz.run, 'curves', tmp_path / 'a', tmp_path / 'b', '--tolerance', 0.05, f'--out={tmp_path}/c.png')
+    assert result.out.startswith(f'{tmp_path}/a / {tmp_path}/b: losses agree to 5 %') and result.code == 0
+    settings = viz.configurator.configure(viz.__file__, [f'--logs={tmp_path}/a', f'--reference={tmp_path}/demo.jsonl'])
+    figure, _ = viz.draw_curves(settings, viz.pyplot())
+    grey, coloured = figure.axes[0].lines
+    assert list(grey.get_ydata()) == [4.0, 3.0, 2.0] and grey.get_color() == '0.7' != coloured.get_color()
 
 
 @pytest.mark.parametrize('argv, word', [
     (['portrait'], 'portrait'), (['masks', '--wav=x.wav'], '--ckpt'), (['curves'], '--logs'),
-    (['curves', '--logs=/nonexistent/log.jsonl'], 'log.jsonl'), (['maps', '--clips=1', '--ckpt=x'], 'clips'),
+    (['curves', '--logs=/nonexistent/log.jsonl'], 'log.jsonl'),
+    (['curves', '/nonexistent/run'], '/nonexistent/run'), (['curves', 'x', '--tolerance=-1'], 'tolerance'),
+    (['maps', '--clips=1', '--ckpt=x'], 'clips'),
     (['masks', '--ckpt=x', '--out=x.jpg'], '.png'), (['masks', '--ckpt=/nonexistent.pt'], '/nonexistent.pt')])
 def test_a_mistake_is_one_line(argv, word):
     assert is_one_line_error(call(viz.run, *argv), word)

@@ -13,7 +13,6 @@ other processes keep cores busy (the `load` in the table), threads wait for each
 """
 import dataclasses
 import itertools
-import math
 import os
 import platform
 import re
@@ -40,11 +39,13 @@ from audio.clips import FORMAT_VERSION, open_clips
 from engine import processes, randomness
 from engine.errors import ROOT, ConfigError, RunError
 from engine.files import replacing
+from engine.machine import cores
 from engine.run import ahead as read_ahead
 from fast import forms
 from fast.spectrogram import fbank
-from model import ASDA, ASDAConfig, Classifier, n_kept
+from model import ASDA, ASDAConfig, Classifier
 from tools import authors_arrangement as authors
+from tools.describe import MODEL, flops
 
 what = 'step,data,fbank,masks,growth,prepare,finetune_data'     # what to measure, separated by commas
 baseline = False                # measure only the step beside the authors' arrangement (tools/authors_arrangement.py)
@@ -53,7 +54,6 @@ warmup = 3                      # calls before them
 json = ''                       # write all figures to this file
 profile = ''                    # write a trace of three steps to this file and print the longest operators
 
-MODEL = (os.path.join(ROOT, 'model.py'), 'ASDAConfig')
 CLIP_SECONDS = 10               # of synthetic clips, as AudioSet's
 CLASSES = 50                    # of synthetic labels, as ESC-50's
 TARGETS = {'mono_clips_per_second_per_core': 'at least 30', 'stereo_clips_per_second_per_core': 'at least 30',
@@ -86,27 +86,6 @@ def make_bench(settings, config, process):
 
 
 # ----------------------------------------------------------------------------------------------- counting and measuring
-
-def flops(config):
-    """Floating-point operations of one pre-training step per clip, {part: number}; a multiply-add counts as two.
-
-    The teacher runs forward once, over all patches. What is trained counts three times, forward and the gradients of
-    input and weights; the students' patch embedding twice, since the spectrogram needs no gradient. Normalisations,
-    activations, the optimizer and the EMA are not counted, nor is what a kernel computes again in the backward pass.
-    """
-    P, D, L, views = math.prod(config.grid), config.n_embd, config.n_layer, config.n_students
-    seen = 1 + n_kept(P, config.mask_ratio)                                 # tokens of a view, with CLS
-    maps = 2 if config.diff_lambda else 1
-    hidden = round(D * config.ffn_ratio)
-    layer = 2 * ((2 * maps + 2) * D * D + 2 * D * hidden)                   # of a token: Q and K, V, W_O; feed-forward
-    attention = 4 * maps * D                                                # of a pair of tokens: scores, sum of values
-    embedding = 2 * P * D * config.patch_size ** 2
-    convolutions = config.decoder_layers * 2 * P * 9 * D * D // config.decoder_groups
-    return {'teacher patch embedding': embedding, 'teacher matmuls': L * (1 + P) * layer,
-            'teacher attention': L * (1 + P) ** 2 * attention, 'student patch embedding': 2 * embedding,
-            'student matmuls': 3 * views * L * seen * layer, 'student attention': 3 * views * L * seen ** 2 * attention,
-            'decoder convolutions': 3 * views * convolutions, 'decoder projection': 3 * views * 2 * P * D * D}
-
 
 def peak_flops(device_name, dtype):
     """The device's dense peak in FLOP/s at that precision, None if it is not known."""
@@ -159,10 +138,6 @@ def peak_memory(process):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
-def cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-
-
 def device_name(process):
     """The GPU's name, or the CPU's as Linux tells it."""
     if process.device.type == 'cpu' and os.path.exists('/proc/cpuinfo'):
@@ -213,7 +188,7 @@ def spectrograms(bench):
         return lambda: spec
     clips = pretrain.training_clips(settings, bench.process)
     mean, std = clips.statistics(settings.window)
-    batches = iter(pretrain_loader(bench, clips, itertools.count()))
+    batches = iter(pretrain_loader(bench, clips, range(sys.maxsize)))
 
     def following():
         batch = bench.to_device(next(batches))

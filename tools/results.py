@@ -1,5 +1,5 @@
-"""The results' table: five tasks from one pre-trained checkpoint, beside the same model from scratch and log-mel
-statistics.
+"""The results' table: five tasks from one pre-trained checkpoint, beside the same model from scratch, the features of
+random weights, and log-mel statistics.
 
     python -m tools.results --ckpt=out/real/ckpt.pt                  # everything; finished runs are not run again
     python -m tools.results --ckpt=out/real/ckpt.pt --arms=scratch   # only one of pretrained, scratch, probes
@@ -33,7 +33,8 @@ ckpt = 'out/real/ckpt.pt'               # the pre-trained checkpoint
 out_dir = 'out/results'                 # one folder per run goes here
 data_dir = 'data'                       # prepared demo, fsdd, wakewords and esc10
 arms = 'pretrained,scratch,probes'      # what to run
-seeds = 2                               # seeds per task: other labels, other random numbers
+pool = 'bands'                          # features that the probes see: bands, mean, cls, or several
+seeds = 3                               # seeds per task: other labels, other random numbers
 jobs = 2                                # runs at a time, one CPU thread each
 json_file = 'results/real.json'         # what came out: commands, commit, device and scores of every seed
 show = False                            # run nothing, print the table of json_file
@@ -130,7 +131,7 @@ def probes(settings, task):
     for seed in range(1, settings.seeds + 1):
         command = [f'--ckpt={settings.ckpt}', f'--dataset={how.dataset}', f'--data_dir={settings.data_dir}',
                    f'--fold={how.fold}', f'--labels_per_class={how.labels_per_class}', f'--seed={seed}',
-                   f'--frames={how.frames}', '--device=cpu']
+                   f'--pool={settings.pool}', '--device=cpu']
         for kind, scores in evaluation.run(command).items():
             for probe, score in scores.items():
                 found.setdefault(f'{probe}, {kind}', []).append(

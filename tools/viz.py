@@ -4,12 +4,12 @@
     python -m tools.viz maps --ckpt=out/real/ckpt.pt --wav=dog.wav           # both attention maps and their difference
     python -m tools.viz lambda --ckpt=out/real/ckpt.pt --dataset=esc10       # what lambda removes, layer by layer
     python -m tools.viz targets --ckpt=out/real/ckpt.pt --dataset=esc10      # targets beside predictions
-    python -m tools.viz curves --logs=out/real/log.jsonl,out/b/log.jsonl     # training curves; where two runs part
+    python -m tools.viz curves out/real out/b                                # training curves; where two runs part
+    python -m tools.viz curves out/demo --reference=results/logs/demo.jsonl  # a run over one to compare with
     python -m tools.viz embeddings --ckpt=out/real/ckpt.pt --dataset=fsdd    # a labelled set in two dimensions
 
 Settings are the names below. Colours: viridis, cividis and PuOr, which colour-blind readers tell apart.
 """
-import json
 import math
 import os
 
@@ -26,16 +26,19 @@ from checkpoints.opening import open_checkpoint
 from engine import processes, randomness, saving
 from engine.errors import CheckpointError, ConfigError, DataError
 from engine.files import replacing
-from engine.logs import whole_lines
 from model import ASDA, ASDAConfig
-from scoring.probes import over_clips
+from scoring.features import features
+from scoring.probes import standardised
+from tools.reference import log_of, read_log, where_they_part, with_paths
 
 ckpt = ''               # the checkpoint
 wav = ''                # masks, maps: the sound, of which the first frames count
 dataset = ''            # lambda, targets, embeddings: a prepared set
 data_dir = 'data'       # where prepared sets are
 fold = ''               # embeddings: show this fold; '': the test split
-logs = ''               # curves: log.jsonl files, separated by commas; the first is what the others are compared with
+logs = ''               # curves: log.jsonl files or their folders, separated by commas; may stand without its name
+reference = ''          # curves: a log to compare with; '': the first of the logs
+tolerance = 0.02        # curves: by how much of their value losses must differ to have parted
 out = ''                # the picture; '': WHAT.png beside the checkpoint or the first log
 layer = 0               # maps: the block, counted from 1; 0: the middle one
 query = 'loudest'       # maps: the token that looks: cls, loudest (the patch with most energy) or a patch's index
@@ -282,73 +285,38 @@ def draw_targets(settings, plt):
 
 # -------------------------------------------------------------------------------------------------------------- curves
 
-def read_log(path):
-    """A log.jsonl -> its settings, {measure: (steps, values)}, {step: seconds since the start}. Raises DataError."""
-    try:
-        lines = [json.loads(line) for line in whole_lines(path)]
-    except OSError as error:
-        raise DataError(f'cannot read the log {path}: {error.strerror}') from None
-    began = next((line for line in lines if 'settings' in line), None)
-    series, seconds = {}, {}
-    for line in lines:
-        step = line.get('step')
-        if not isinstance(step, int):
-            continue
-        if began and isinstance(line.get('time'), float) and isinstance(began.get('time'), float):
-            seconds[step] = line['time'] - began['time']
-        flat = {**line, **{f'valid {name}': value for name, value in (line.get('valid') or {}).items()}}
-        for name, value in flat.items():
-            if name not in ('step', 'time') and isinstance(value, int | float):
-                series.setdefault(name, ([], []))
-                series[name][0].append(step)
-                series[name][1].append(value)
-    if not series:
-        raise DataError(f'{path} is not the log of a run: it has no steps')
-    return (began or {}).get('settings', {}), series, seconds
-
-
-def where_they_part(one, other, tolerance=0.02):
-    """In words: the first step both have whose losses differ by more than the tolerance, and the settings that do."""
-    (settings, series, _), (settings2, series2, _) = one, other
-    loss, loss2 = (dict(zip(*each.get('loss', ((), ())))) for each in (series, series2))
-    both = sorted(set(loss) & set(loss2))
-    unlike = [f'{name} {value!r} / {settings2[name]!r}' for name, value in settings.items()
-              if name not in ('out_dir', 'resume', 'overwrite') and name in settings2 and settings2[name] != value]
-    text = 'no step in common'
-    if both:
-        apart = [step for step in both if abs(loss[step] - loss2[step]) > tolerance * abs(loss[step])]
-        text = (f'losses part by more than {tolerance:.0%} at step {apart[0]:,}: {loss[apart[0]]:.4g} / '
-                f'{loss2[apart[0]]:.4g}' if apart else
-                f'losses agree to {tolerance:.0%} over the {len(both)} steps that both logged, up to {both[-1]:,}')
-    return text + ('; settings that differ: ' + ', '.join(unlike) if unlike else '; no setting differs')
-
-
 def draw_curves(settings, plt):
     """Loss, explained and content share, and probes, of several runs against updates and against time."""
-    paths = configurator.words(settings.logs)
+    paths = [log_of(path) for path in configurator.words(settings.logs)]
     if not paths:
-        raise ConfigError('name the logs to draw: --logs=out/a/log.jsonl,out/b/log.jsonl')
+        raise ConfigError('name the logs to draw: curves out/a out/b, or --logs=out/a,out/b')
+    if settings.reference:
+        paths = [log_of(settings.reference), *paths]
     runs = [read_log(path) for path in paths]
+    names = [path.removesuffix('.jsonl').removesuffix('/log') for path in paths]
     panels = [('loss', ['loss']), ('share of the variance', ['explained', 'content']),
-              ('accuracy', ['knn_cls', 'knn_patches', 'knn', 'probe', 'valid accuracy', 'valid mAP'])]
+              ('accuracy', ['knn', 'probe', 'knn_cls', 'knn_patches', 'valid accuracy', 'valid mAP'])]
     panels = [panel for panel in panels if any(name in series for name in panel[1] for _, series, _ in runs)]
     figure, axes = plt.subplots(2, len(panels), figsize=(WIDE, 4.2), layout='constrained', squeeze=False)
-    for run, (path, (_, series, seconds)) in enumerate(zip(paths, runs)):
-        colour = plt.cm.viridis(0.85 * run / max(len(runs) - 1, 1))
-        for column, (title, names) in enumerate(panels):
-            for style, name in zip(('-', '--', ':', '-.'), [name for name in names if name in series]):
+    for run, (path, (_, series, seconds)) in enumerate(zip(names, runs)):
+        is_reference = bool(settings.reference) and run == 0
+        how = {'color': '0.7', 'lw': 3} if is_reference else {
+            'color': plt.cm.viridis(0.85 * run / max(len(runs) - 1, 1)), 'lw': 1.2}
+        for column, (title, measures) in enumerate(panels):
+            for style, name in zip(('-', '--', ':', '-.'), [name for name in measures if name in series]):
                 steps, values = series[name]
-                label = (os.path.dirname(path) or path) + ('' if name == title else f', {name.replace("_", " ")}')
-                axes[0, column].plot(steps, values, style, color=colour, label=label, lw=1.2)
+                label = path + ('' if name == title else f', {name.replace("_", " ")}')
+                axes[0, column].plot(steps, values, style, label=label, **how)
                 timed = [(seconds[step] / 60, value) for step, value in zip(steps, values) if step in seconds]
                 if timed:
-                    axes[1, column].plot(*zip(*timed), style, color=colour, lw=1.2)
+                    axes[1, column].plot(*zip(*timed), style, **how)
             axes[0, column].set_title(title)
             axes[0, column].set_xlabel('updates')
             axes[1, column].set_xlabel('minutes')
             axes[0, column].legend(frameon=False, fontsize=6)
-    said = [f'{path} / {paths[0]}: {where_they_part(runs[0], run)}' for path, run in zip(paths[1:], runs[1:])]
-    return figure, '\n'.join(said) or f'{paths[0]}: {", ".join(sorted(runs[0][1]))}'
+    said = [f'{names[0]} / {name}: {where_they_part(runs[0], run, settings.tolerance)}'
+            for name, run in zip(names[1:], runs[1:])]
+    return figure, '\n'.join(said) or f'{names[0]}: {", ".join(sorted(runs[0][1]))}'
 
 
 def draw_embeddings(settings, plt):
@@ -360,22 +328,14 @@ def draw_embeddings(settings, plt):
     chosen = np.random.default_rng(settings.seed).permutation(len(test))[:16 * settings.clips]
     test = test.select(np.sort(chosen))
     process = processes.start('cpu')
-    columns = loaded.config.n_mels // loaded.config.patch_size
-
-    def by_band(spec, lengths):
-        """Mean over time of the patches of a time step side by side."""
-        x = encoder(spec)[:, 1:]                                            # (B, P, D)
-        return x.view(len(x), -1, columns * x.shape[-1]).mean(dim=1),
-    encoder = loaded.encoder.eval()
-    (features,) = over_clips(by_band, test, loaded.spectrum, process, torch.no_grad)
-    features = (features - features.mean(axis=0)) / (features.std(axis=0) + 1e-6)
+    (found,) = standardised(features(loaded.encoder.eval(), test, loaded.spectrum, process, torch.no_grad))
     try:
         from sklearn.manifold import TSNE
         how, flat = 't-SNE', TSNE(perplexity=min(30, (len(test) - 1) / 3), random_state=settings.seed,
-                                  init='pca').fit_transform(features)
+                                  init='pca').fit_transform(found)
     except ImportError:
-        basis = np.linalg.svd(features, full_matrices=False)[2][:2]
-        how, flat = 'principal components', features @ basis.T
+        basis = np.linalg.svd(found, full_matrices=False)[2][:2]
+        how, flat = 'principal components', found @ basis.T
     figure, axis = plt.subplots(figsize=(NARROW, 4.6), layout='constrained')
     markers = 'os^vDP*X<>'
     for label, name in enumerate(test.classes):
@@ -396,12 +356,13 @@ PICTURES = {'masks': draw_masks, 'maps': draw_maps, 'lambda': draw_lambda, 'targ
 
 def run(argv):
     what, *rest = argv or ['--help']
+    rest = with_paths(rest, 'logs') if what == 'curves' else rest
     settings = configurator.configure(__file__, rest if what in PICTURES else ['--help'] if what in ('-h', '--help')
                                       else argv)
     if what not in PICTURES:
         raise ConfigError(f'{what!r} is no picture: it is one of {", ".join(PICTURES)}')
-    configurator.check_ranges(settings, layer=(0, 1000), clips=(2, 1e5), seed=(0, 2 ** 32 - 1))
-    beside = (configurator.words(settings.logs) or [''])[0] if what == 'curves' else settings.ckpt
+    configurator.check_ranges(settings, layer=(0, 1000), clips=(2, 1e5), seed=(0, 2 ** 32 - 1), tolerance=(0, 1e3))
+    beside = log_of((configurator.words(settings.logs) or [''])[0]) if what == 'curves' else settings.ckpt
     path = settings.out or os.path.join(os.path.dirname(beside), f'{what}.png')
     if not path.endswith('.png'):
         raise ConfigError(f'out = {path!r} must end in .png')

@@ -1,0 +1,171 @@
+"""Frozen features of clips of any length: what --embed writes and what probes, kNN and neighbours look at.
+
+Which pooling is for what, with figures: docs/features.md.
+"""
+from dataclasses import replace
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
+from audio import HOP_SAMPLES, frames_in, samples_for
+from scoring.metrics import NotFiniteError
+
+POOLS = ('bands', 'mean', 'cls')
+
+
+# ---------------------------------------------------------------------------------------------- running over many clips
+
+def in_batches(function, clips, spectrum, process, autocast, batch_size=64, workers=0, title=''):
+    """Yield (indices, tuple of arrays with a row per clip) of every batch of clips, in order, from
+    function(spec, lengths, indices) -> tuple of tensors.
+
+    The batches are shared out among the processes, and every process gets all of them. Raises NotFiniteError.
+    """
+    batches = data.OrderedBatches(clips, spectrum['frames'], batch_size)
+    mine = range(process.rank, len(batches), process.world)
+    hidden = not title or not process.is_main
+    reading = zip(mine, data.loader(batches, mine, workers))
+    for first in tqdm(range(0, len(batches), process.world), desc=title, leave=False, disable=hidden or None):
+        found = None
+        for k, batch in [next(reading)] if first + process.rank < len(batches) else []:
+            pcm, lengths = batch['pcm'].to(process.device), batch['lengths'].to(process.device)
+            spec = data.log_mel(pcm, lengths, **spectrum)
+            lengths = torch.full_like(lengths, pcm.shape[1]) if spectrum['repeat'] else lengths
+            with torch.inference_mode(), autocast():
+                found = [part.float().cpu().numpy() for part in function(spec, lengths, of_batch(k, batch_size, clips))]
+        for k, parts in enumerate(process.gather(found), first):
+            if parts is not None:
+                indices = of_batch(k, batch_size, clips)
+                finite = np.all([np.isfinite(part).reshape(len(part), -1).all(axis=1) for part in parts], axis=0)
+                if not finite.all():
+                    guilty = clips.select([indices[finite.argmin()]]).keys()[0]
+                    raise NotFiniteError(f'what comes out for {guilty} is not finite')
+                yield indices, parts
+
+
+def of_batch(k, batch_size, clips):
+    return np.arange(k * batch_size, min((k + 1) * batch_size, len(clips)))
+
+
+def over_clips(function, clips, *how, **more):
+    """The arrays of in_batches, each whole."""
+    return [np.concatenate(parts) for parts in zip(*(parts for _, parts in in_batches(function, clips, *how, **more)))]
+
+
+# ------------------------------------------------------------------------------------------------------------- features
+
+def features(encoder, clips, spectrum, process, autocast, pool='bands', layer=0, **how):
+    """Frozen features of whole clips -> (N, F) float32; F as width() says. See feature_batches."""
+    found = np.empty((len(clips), width(encoder.config, pool)), np.float32)
+    for indices, rows in feature_batches(encoder, clips, spectrum, process, autocast, [pool], layer, **how):
+        found[indices] = rows[pool]
+    return found
+
+
+def feature_batches(encoder, clips, spectrum, process, autocast, pools, layer=0, **how):
+    """Yield (indices of clips, {pool: their features (n, F) float32}), in order, of whole clips.
+
+    pools: of 'bands' (mean, then standard deviation over time of the patches of a time step side by side, columns x D
+    each), 'mean' (of all patches, D) and 'cls' (D); 'patches' (P, D), time-major, if no clip is longer than the input.
+    layer: of block 1 ... L, or 0, the mean of all blocks' outputs.
+    A clip that is longer than the input is seen in windows side by side. Every real frame counts once, padding never: a
+    row of patches weighs as many frames as it holds of the clip that no window before has seen, a CLS as many as its
+    window. Raises NotFiniteError.
+    """
+    frames, whole = spectrum['frames'], replace(clips, length=samples_for(frames_in(clips.length)))     # whole frames
+    windows = whole.windows(samples_for(frames), frames * HOP_SAMPLES, spare=0)
+    first = windows.start // HOP_SAMPLES                                    # frame of the clip
+    is_first = np.diff(windows.clip, prepend=-1) > 0
+    seen = torch.from_numpy(np.where(is_first, 0, np.roll(first, 1) + frames - first))      # by the window before
+
+    def sums(spec, lengths, indices):
+        """Sums over the frames of each window: how many they are, then two of each pool."""
+        x, cls = states(encoder, spec, layer)                               # (B, rows, columns, D), (B, D)
+        weight = real_frames(lengths, seen[indices].to(spec.device), x.shape[1], encoder.config.patch_size)  # (B, rows)
+        count = weight.sum(dim=1, keepdim=True)
+        found = [count]
+        for pool in pools:
+            if pool == 'cls':
+                found.append(cls * count)
+            elif pool == 'patches':
+                found.append(x.flatten(1, 2))
+            else:
+                of_row = x.flatten(2) if pool == 'bands' else x.mean(dim=2)
+                found.append(torch.einsum('br,brf->bf', weight, of_row))
+            if pool == 'bands':
+                found.append(torch.einsum('br,brf->bf', weight, of_row.square()))
+        return found
+
+    held = None                                                             # sums of a clip that may go on
+    for indices, parts in in_batches(sums, windows, spectrum, process, autocast, **how):
+        clip, parts = windows.clip[indices], [part.astype(np.float64) for part in parts]
+        if held is not None:
+            clip, parts = np.append(held[0], clip), [np.concatenate(pair) for pair in zip(held[1], parts)]
+        starts = np.flatnonzero(np.diff(clip, prepend=-1))
+        parts = [np.add.reduceat(part, starts, axis=0) for part in parts]
+        done = len(starts) - (indices[-1] < len(windows) - 1)
+        held = clip[starts[done:]], [part[done:] for part in parts]
+        if done:
+            yield clip[starts[:done]], pooled(pools, *(part[:done] for part in parts))
+
+
+def pooled(pools, count, *sums):
+    """Sums over frames, as feature_batches has them -> {pool: features}"""
+    found, sums = {}, iter(sums)
+    for pool in pools:
+        total = next(sums)
+        found[pool] = total if pool == 'patches' else total / count
+        if pool == 'bands':
+            deviation = np.sqrt(np.maximum(next(sums) / count - found[pool] ** 2, 0))
+            found[pool] = np.concatenate([found[pool], deviation], axis=1)
+    return {pool: values.astype(np.float32) for pool, values in found.items()}
+
+
+def states(encoder, spec, layer=0):
+    """The encoder's view of every patch, and its CLS: (B, rows, columns, D), (B, D) float32, by block `layer` (1 ... L)
+    or as the mean over all blocks' outputs (0)."""
+    outputs = []
+    hooks = [block.register_forward_hook(lambda _, inputs, output: outputs.append(output[0].float()))
+             for block in (encoder.blocks[layer - 1:layer] if layer else encoder.blocks)]
+    try:
+        encoder(spec)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    x, config = sum(outputs) / len(outputs), encoder.config                 # (B, N, D)
+    place = (x.shape[1] - 1) // 2 if config.cls_position == 'middle' else 0     # of the CLS inside
+    patches = torch.cat([x[:, :place], x[:, place + 1:]], dim=1)
+    return patches.unflatten(1, (-1, config.n_mels // config.patch_size)), x[:, place]
+
+
+def real_frames(lengths, seen, rows, patch_size):
+    """(B, rows) float: how many frames of each row of patches are real, of a clip of `lengths` samples (B,), and not
+    among the first `seen` frames (B,)."""
+    begin = torch.arange(rows, device=lengths.device) * patch_size
+    stop = torch.minimum(begin + patch_size, frames_in(lengths)[:, None])
+    return (stop - torch.maximum(begin, seen[:, None])).clamp_min(0).float()
+
+
+def width(config, pool):
+    """Features of a clip, F."""
+    return 2 * (config.n_mels // config.patch_size) * config.n_embd if pool == 'bands' else config.n_embd
+
+
+def log_mel_statistics(clips, spectrum, process, **how):
+    """The baseline that embarrasses weak encoders: mean and standard deviation of every mel band over the real frames
+    of whole clips (N, 256)."""
+    def moments(spec, lengths, _):
+        count = frames_in(lengths).clamp(max=spec.shape[1])[:, None]
+        real = (torch.arange(spec.shape[1], device=spec.device) < count).float()[:, :, None]
+        mean = (spec * real).sum(dim=1) / count
+        variance = ((spec - mean[:, None]).square() * real).sum(dim=1) / count
+        return torch.cat([mean, variance.sqrt()], dim=1),
+    return over_clips(moments, clips, spectrum, process, torch.no_grad, **how)[0]
+
+
+def predict(classifier, clips, spectrum, process, autocast, **how):
+    """Logits (N, classes)."""
+    classifier.eval()
+    return over_clips(lambda spec, *_: (classifier(spec),), clips, spectrum, process, autocast, **how)[0]
