@@ -93,8 +93,11 @@ def test_d_prime_of_a_perfect_ranking_is_finite():
 def test_accuracy_counts():
     logits, labels = np.eye(4)[[0, 1, 2, 3, 3]], np.eye(4)[[0, 1, 2, 2, 3]]
     result, rows = metrics(logits, labels, False)
-    assert (result['right'], result['clips'], result['accuracy']) == (4, 5, 0.8) and rows[2] == (2, 0.5)
-    assert len(rows) == 4 and describe(result) == 'accuracy 80.0% (4 of 5)'
+    assert (result['right'], result['clips'], result['accuracy']) == (4, 5, 0.8)
+    assert rows == [(1, 1.0), (1, 1.0), (2, 0.5), (1, 1.0)]
+    alone, other = metrics(logits[:1], labels[:1], False)[1][:2]            # all clips of one class, none of another
+    assert alone == (1, 1.0) and other[0] == 0 and math.isnan(other[1])
+    assert describe(result) == 'accuracy 80.0% (4 of 5)'
 
 
 def table(path):
@@ -167,11 +170,25 @@ def test_embeddings_are_written_a_batch_at_a_time(tmp_path):
 
 
 def test_features_that_no_memory_holds_are_refused(pretrained, data_dir, monkeypatch):       # noqa: F811
-    monkeypatch.setattr(evaluation, 'MAX_FEATURE_BYTES', 100 * 512 * 4)
+    assert evaluation.MAX_FEATURE_BYTES == 16 * 2 ** 30
+    size = 512 * 4 * len(open_clips(['demo'], data_dir, ['train', 'test']))          # of all clips, and one byte less
+    monkeypatch.setattr(evaluation, 'MAX_FEATURE_BYTES', size - 1)
     result = call(evaluation.run, f'--ckpt={pretrained}', '--dataset=demo', f'--data_dir={data_dir}')
     assert is_one_line_error(result, 'pool = bands', '--pool=mean')
+    monkeypatch.setattr(evaluation, 'MAX_FEATURE_BYTES', size)
+    evaluation.check_size(size // 2048, 512, 'bands')
     assert call(evaluation.run, f'--ckpt={pretrained}', '--dataset=demo', f'--data_dir={data_dir}',
                 '--pool=mean').code == 0
+
+
+def test_accuracy_is_that_of_ten_neighbours():
+    """On labels that mean nothing, where nine or eleven say something else."""
+    rng = np.random.default_rng(0)
+    x, t = rng.standard_normal((400, 6)), rng.standard_normal((300, 6))
+    y, z = rng.integers(0, 3, 400), rng.integers(0, 3, 300)
+    near, far = standardised(x, t)
+    by = {k: float((knn_scores(near, y, far, 3, k).argmax(axis=1) == z).mean()) for k in (9, 10, 11)}
+    assert knn_accuracy(x, y, t, z) == by[10] and by[10] not in (by[9], by[11])
 
 
 @pytest.mark.parametrize('strength', [1e-3, 1e-1])
@@ -827,6 +844,20 @@ def test_patches_that_float16_cannot_hold_are_not_written(pretrained, tmp_path):
     assert is_one_line_error(call(evaluation.run, f'--ckpt={tmp_path}/odd.pt', f'--wav={tmp_path}/a.wav',
                                   f'--embed={tmp_path}/x.npz', '--patches'), 'odd.pt', 'float16')
     assert sorted(os.listdir(tmp_path)) == ['a.wav', 'odd.pt']
+
+
+@pytest.mark.parametrize('value, fits', [(65504, True), (-65504, True), (65600, False), (-65600, False)])
+def test_the_largest_number_of_float16_fits(tmp_path, value, fits):
+    """In one patch of one clip."""
+    x = np.zeros((3, 5, 4), np.float32)
+    x[1, 4, 2] = value
+    arguments = f'{tmp_path}/x.npz', {'patches': (x.shape, np.float16)}, [(np.arange(3), {'patches': x})], {}, True
+    if not fits:
+        with pytest.raises(NotFiniteError, match='float16 cannot hold'):
+            write_arrays(*arguments)
+        return
+    write_arrays(*arguments)
+    assert np.load(tmp_path / 'x.npz')['patches'][1, 4, 2] == value
 
 
 @pytest.mark.parametrize('multi_label', [False, True])
