@@ -54,8 +54,8 @@ RECIPES = {'demo': demo, 'fsdd': fsdd, 'esc50': esc50, 'speechcommands': speechc
            'folder': folder}
 RANGES = dict(memory=(0, 1e6), max_bad=(0, 1), max_minutes=(0.01, 1e4), clips=(10, 10 ** 7), seed=(0, 2 ** 32 - 1))
 FRAMES = 1000                                       # that are computed at a time
-PROCESS_BYTES = 100 << 20                           # what a process takes beside clips
-LEAST_BYTES = PROCESS_BYTES + (10 << 20)            # so that a clip of half a minute stays in memory
+OWN_BYTES = 720 << 20                               # what this process and the libraries take that the workers share,
+PROCESS_BYTES = 64 << 20                            # and what each worker takes for itself, beside clips
 NUMBERS = itertools.count()
 # A disk or network that fails, too many open files, no space: reasons to stop, not to leave a file out.
 NOT_THE_FILES_FAULT = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.ENOMEM,
@@ -136,7 +136,12 @@ def bytes_per_clip(settings):
     In memory are AHEAD clips a process, two copies of the one that each makes or sends, and one that this one receives.
     """
     processes = max(settings.workers, 1)
-    return (settings.memory * 1e9 - processes * PROCESS_BYTES) / ((AHEAD + 2) * processes + 1)
+    return int(settings.memory * 1e9 - OWN_BYTES - processes * PROCESS_BYTES) // ((AHEAD + 2) * processes + 1)
+
+
+def least_memory(workers):
+    """GB with which clips of half a minute stay in memory."""
+    return math.ceil((OWN_BYTES + max(workers, 1) * (PROCESS_BYTES + (10 << 20))) / 1e7) / 100
 
 
 def share_of(text):
@@ -256,12 +261,12 @@ def configured(argv):
     settings.out_dir = os.path.normpath(settings.out_dir or os.path.join(
         'data', getattr(recipe, 'name', lambda _: name)(settings)))
     settings.work_dir = os.path.join(settings.out_dir, making.UNFINISHED)
-    settings.memory = settings.memory or machine.memory() / 2e9
+    settings.memory = settings.memory or max(machine.memory() / 2e9, least_memory(settings.workers))
     if settings.workers < 0:
-        settings.workers = min(machine.cores(), max(int(settings.memory * 1e9 / LEAST_BYTES), 1))
-    if settings.memory * 1e9 < LEAST_BYTES * max(settings.workers, 1):
-        raise ConfigError(f'memory = {settings.memory:.3g} GB is too little for {settings.workers} workers: give '
-                          f'--memory={LEAST_BYTES * max(settings.workers, 1) / 1e9:.2g} or more, or fewer --workers')
+        settings.workers = next((n for n in range(machine.cores(), 1, -1) if least_memory(n) <= settings.memory), 1)
+    if settings.memory < least_memory(settings.workers):
+        raise ConfigError(f'memory = {settings.memory:g} GB is too little for {settings.workers} workers: give '
+                          f'--memory={least_memory(settings.workers):.2f} or more, or fewer --workers')
     share_of(settings.shards)
     if settings.shards and settings.overwrite:
         raise ConfigError('--shards with --overwrite would delete what other machines have made: delete '

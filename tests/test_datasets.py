@@ -304,17 +304,17 @@ def memory_of_plan(n, monkeypatch, tmp_path):
 
 def test_a_plan_of_many_clips_takes_little_memory(monkeypatch, tmp_path, capsys):
     """Index and plan take 80 bytes a clip once made, and 100 while they are made and sorted: of two million, 200 MB.
-    Measured as what 60,000 take more than 20,000, since a few megabytes are the same for any number."""
+    Measured as what 30,000 take more than 10,000, since a few megabytes are the same for any number."""
     monkeypatch.setattr(plan_file, 'SORTED_AT_ONCE', 2048)
     (tmp_path / 'labels.csv').write_text(
         'index,mid,display_name\n' + ''.join(f'{i},{mid},{i}\n' for i, mid in enumerate(MIDS))
     )
-    few_kept, few_peak, *_ = memory_of_plan(20_000, monkeypatch, tmp_path)
-    kept, peak, plan, shards, first_name = memory_of_plan(60_000, monkeypatch, tmp_path)
-    assert '60,000 of its 60,000 segments found' in capsys.readouterr().out
-    kept, peak = (kept - few_kept) / 40_000, (peak - few_peak) / 40_000
+    few_kept, few_peak, *_ = memory_of_plan(10_000, monkeypatch, tmp_path)
+    kept, peak, plan, shards, first_name = memory_of_plan(30_000, monkeypatch, tmp_path)
+    assert '30,000 of its 30,000 segments found' in capsys.readouterr().out
+    kept, peak = (kept - few_kept) / 20_000, (peak - few_peak) / 20_000
     assert kept < 80 and peak < 100, (kept, peak)
-    assert len(shards) == -(-60_000 // SHARD_CLIPS)
+    assert len(shards) == -(-30_000 // SHARD_CLIPS)
     first = plan.entry(shards[0][1][0])
     assert first.key == f'{first_name}_30000' and first.label == (0, 2)
     assert first.place == ('file', f'/audio/{first_name[:2]}/{first_name}_30000_40000.flac')

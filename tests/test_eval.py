@@ -124,17 +124,6 @@ def test_knn_is_scikit_learns_but_for_ties():
     assert knn_accuracy(x, y, x, y, k=1) == 1.0
 
 
-def test_accuracy_is_that_of_ten_neighbours():
-    """On labels that mean nothing, where nine or eleven say something else."""
-    rng = np.random.default_rng(0)
-    x, t = rng.standard_normal((400, 6)), rng.standard_normal((300, 6))
-    y, z = rng.integers(0, 3, 400), rng.integers(0, 3, 300)
-    mean, std = x.mean(axis=0), x.std(axis=0)                               # the features are standardised first
-    by = {k: float((knn_scores((x - mean) / std, y, (t - mean) / std, 3, k).argmax(axis=1) == z).mean())
-          for k in (9, 10, 11)}
-    assert knn_accuracy(x, y, t, z) == by[10] and by[10] not in (by[9], by[11])
-
-
 def test_neighbours_and_probe_work_in_blocks(monkeypatch):
     """The same numbers as in one block; no similarity matrix and no copy of features is larger than one."""
     (x, y), (v, w), (t, _) = blobs(0, 300), blobs(1, 100), blobs(2, 500)
@@ -181,11 +170,25 @@ def test_embeddings_are_written_a_batch_at_a_time(tmp_path):
 
 
 def test_features_that_no_memory_holds_are_refused(pretrained, data_dir, monkeypatch):       # noqa: F811
-    monkeypatch.setattr(evaluation, 'MAX_FEATURE_BYTES', 100 * 512 * 4)
+    assert evaluation.MAX_FEATURE_BYTES == 16 * 2 ** 30
+    size = 512 * 4 * len(open_clips(['demo'], data_dir, ['train', 'test']))          # of all clips, and one byte less
+    monkeypatch.setattr(evaluation, 'MAX_FEATURE_BYTES', size - 1)
     result = call(evaluation.run, f'--ckpt={pretrained}', '--dataset=demo', f'--data_dir={data_dir}')
     assert is_one_line_error(result, 'pool = bands', '--pool=mean')
+    monkeypatch.setattr(evaluation, 'MAX_FEATURE_BYTES', size)
+    evaluation.check_size(size // 2048, 512, 'bands')
     assert call(evaluation.run, f'--ckpt={pretrained}', '--dataset=demo', f'--data_dir={data_dir}',
                 '--pool=mean').code == 0
+
+
+def test_accuracy_is_that_of_ten_neighbours():
+    """On labels that mean nothing, where nine or eleven say something else."""
+    rng = np.random.default_rng(0)
+    x, t = rng.standard_normal((400, 6)), rng.standard_normal((300, 6))
+    y, z = rng.integers(0, 3, 400), rng.integers(0, 3, 300)
+    near, far = standardised(x, t)
+    by = {k: float((knn_scores(near, y, far, 3, k).argmax(axis=1) == z).mean()) for k in (9, 10, 11)}
+    assert knn_accuracy(x, y, t, z) == by[10] and by[10] not in (by[9], by[11])
 
 
 @pytest.mark.parametrize('strength', [1e-3, 1e-1])
@@ -845,18 +848,16 @@ def test_patches_that_float16_cannot_hold_are_not_written(pretrained, tmp_path):
 
 @pytest.mark.parametrize('value, fits', [(65504, True), (-65504, True), (65600, False), (-65600, False)])
 def test_the_largest_number_of_float16_fits(tmp_path, value, fits):
-    """In one patch of one clip; float32 holds more."""
-    patches = np.zeros((3, 4, 2), np.float32)
-    patches[1, 2, 0] = value
-    batches = [(np.arange(3), {'patches': patches, 'cls': np.full((3, 5), 1e6, np.float32)})]
-    shapes = {'patches': (patches.shape, np.float16), 'cls': ((3, 5), np.float32)}
-    if fits:
-        write_arrays(f'{tmp_path}/x.npz', shapes, batches, {}, True)
-        with np.load(tmp_path / 'x.npz') as stored:
-            assert stored['patches'][1, 2, 0] == value and (stored['cls'] == 1e6).all()
+    """In one patch of one clip."""
+    x = np.zeros((3, 5, 4), np.float32)
+    x[1, 4, 2] = value
+    arguments = f'{tmp_path}/x.npz', {'patches': (x.shape, np.float16)}, [(np.arange(3), {'patches': x})], {}, True
+    if not fits:
+        with pytest.raises(NotFiniteError, match='float16 cannot hold'):
+            write_arrays(*arguments)
         return
-    with pytest.raises(NotFiniteError, match='float16'):
-        write_arrays(f'{tmp_path}/x.npz', shapes, batches, {}, True)
+    write_arrays(*arguments)
+    assert np.load(tmp_path / 'x.npz')['patches'][1, 4, 2] == value
 
 
 @pytest.mark.parametrize('multi_label', [False, True])

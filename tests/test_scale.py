@@ -139,7 +139,7 @@ def test_64_workers_on_hour_long_files_stay_below_eight_gigabytes(monkeypatch):
     for clip in in_order(None, range(2000), (3600, most), several):
         Simulated.kept -= clip
     assert 0.5 * 64 * AHEAD * most < Simulated.most <= 64 * AHEAD * most    # some use of it, and no more
-    assert Simulated.most + (2 * 64 + 1) * most + 64 * prepare.PROCESS_BYTES <= 8e9
+    assert Simulated.most + (2 * 64 + 1) * most + 64 * prepare.PROCESS_BYTES + prepare.OWN_BYTES <= 8e9
 
 
 def peak_of_process():
@@ -150,7 +150,7 @@ def peak_of_process():
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='no /proc')
 @pytest.mark.parametrize('minutes, rate, channels, kind', [
-    (20, 44100, 2, 'WAV'), (60, 16000, 1, 'FLAC')])
+    (20, 44100, 2, 'WAV'), (30, 16000, 1, 'FLAC')])
 def test_a_long_file_takes_a_worker_no_more_memory_than_is_counted(tmp_path, minutes, rate, channels, kind):
     short, long = noise_file(tmp_path / 'short', 1), noise_file(tmp_path / 'long', 60 * minutes, rate, channels, kind)
     with pool(1, str(tmp_path)) as one:
@@ -245,11 +245,15 @@ def test_clips_too_large_for_memory_go_by_way_of_the_disk(tmp_path, monkeypatch,
     assert contents(tmp_path / 'one/set') == contents(tmp_path / 'two/set') and left == []
 
 
-def test_too_little_memory_is_said_in_a_line(tmp_path):
+def test_too_little_memory_is_said_in_a_line(tmp_path, monkeypatch):
     source = write_tree(tmp_path / 'x', noises(2))
     command = ['folder', f'--source={source}', f'--out_dir={tmp_path}/set']
-    assert is_one_line_error(call(prepare.run, *command, '--workers=4', '--memory=0.2'), 'memory', '4', '0.46')
-    assert call(prepare.run, *command, '--memory=0.12').code == 0           # as many processes as fit: one
+    assert is_one_line_error(call(prepare.run, *command, '--workers=4', '--memory=0.2'), 'memory', '4', '1.07')
+    assert prepare.configured([*command, '--memory=0.84'])[1].workers == 1      # as many as fit, at least one
+    assert prepare.configured([*command, '--memory=100'])[1].workers == machine.cores()
+    monkeypatch.setattr(machine, 'memory', lambda: 1e9)                     # a small machine is never refused
+    assert prepare.configured(command)[1].workers == 1
+    assert prepare.configured([*command, '--workers=3'])[1].memory == prepare.least_memory(3)
 
 
 # --------------------------------------------------------------------------------------------------------- the machine
