@@ -13,9 +13,10 @@ from audio import samples_for
 from audio.decoding import decode_file
 from checkpoints.opening import open_checkpoint
 from engine.errors import CheckpointError, ConfigError, DataError
+from tools import neighbours
 from tools.embeddings import load
 
-from .conftest import ROOT, call
+from .conftest import ROOT, call, is_one_line_error, write_wav
 from .test_finetune import pretrained  # noqa: F401  (a fixture)
 
 FIXTURES = os.path.join(ROOT, 'tests', 'fixtures')
@@ -124,3 +125,134 @@ def test_files_and_arrays_alike(pretrained, tmp_path):          # noqa: F811
     wave, rate = soundfile.read(tmp_path / 'a.flac')
     model = load(pretrained, device='cpu')
     np.testing.assert_array_equal(model.clips(decode_file(str(tmp_path / 'a.flac')), 16000), model.clips(wave, rate))
+
+
+# ----------------------------------------------------------------------------------------------------------- neighbours
+
+@pytest.fixture
+def sounds(tmp_path):
+    """A folder of low and high tones, and a low tone beside it."""
+    def tone(hertz, seed):
+        return 0.3 * np.sin(2 * np.pi * hertz * np.arange(16000) / 16000) + 0.05 * noise(16000, seed)
+    for i in range(4):
+        write_wav(f'{tmp_path}/sounds/low/{i}.wav', tone(300 + i, i))
+        write_wav(f'{tmp_path}/sounds/high/{i}.wav', tone(3000 + i, 4 + i))
+    write_wav(f'{tmp_path}/asked.wav', tone(310, 9))
+    return tmp_path
+
+
+def search(pretrained, sounds, *options):          # noqa: F811
+    return call(neighbours.run, f'--ckpt={pretrained}', f'--folder={sounds}/sounds', f'--wav={sounds}/asked.wav',
+                f'--index={sounds}/index.npz', '--device=cpu', *options)
+
+
+def table(result):
+    """[(similarity, name)] of what was printed."""
+    assert result.code == 0, result.err
+    rows = [line.split(None, 2) for line in result.out.splitlines() if line.split()[0].isdigit()]
+    assert [int(row[0]) for row in rows] == list(range(1, len(rows) + 1))
+    return [(float(row[1]), row[2]) for row in rows]
+
+
+def test_neighbours_are_the_nearest(pretrained, sounds):          # noqa: F811
+    """By the cosine of standardised embeddings, computed here anew, in order."""
+    found = table(search(pretrained, sounds, '--top_k=5'))
+    names = [f'{kind}/{i}.wav' for kind in ('low', 'high') for i in range(4)]
+    model = load(pretrained, device='cpu')
+    known = model.clips([decode_file(f'{sounds}/sounds/{name}') for name in names], 16000).astype(np.float64)
+    asked = model.clips(decode_file(f'{sounds}/asked.wav'), 16000).astype(np.float64)
+    known, asked = ((x - known.mean(axis=0)) / known.std(axis=0) for x in (known, asked))
+    cosine = {name: row @ asked[0] / np.sqrt(row @ row * (asked[0] @ asked[0])) for name, row in zip(names, known)}
+    assert [name for _, name in found] == sorted(cosine, key=cosine.get, reverse=True)[:5]
+    assert [value for value, _ in found] == pytest.approx([cosine[name] for _, name in found], abs=2e-3)
+    assert {name.split('/')[0] for _, name in found[:4]} == {'low'}
+
+
+def test_the_index_is_updated(pretrained, sounds, monkeypatch):          # noqa: F811
+    """Only new and changed files are read again, gone ones leave; the table is that of an index made anew."""
+    read = []
+
+    def decode(path, *seconds):
+        read.append(os.path.relpath(path, sounds))
+        return decode_file(path, *seconds)
+    monkeypatch.setattr(neighbours, 'decode_file', decode)
+
+    def reads(*options):
+        read.clear()
+        found = table(search(pretrained, sounds, '--top_k=99', *options))
+        return set(read) - {'asked.wav'}, found
+    folder = sounds / 'sounds'
+    assert len(reads()[0]) == 8
+    before = (sounds / 'index.npz').read_bytes()
+    assert reads()[0] == set() and (sounds / 'index.npz').read_bytes() == before
+    (folder / 'low' / '0.wav').unlink()
+    write_wav(f'{folder}/new/ü, x.wav', noise(20000))
+    write_wav(f'{folder}/high/1.wav', noise(16000))                                         # of the same size
+    os.utime(folder / 'high' / '1.wav', ns=(5, 5))
+    now, found = reads()
+    assert now == {'sounds/new/ü, x.wav', 'sounds/high/1.wav'} and 'low/0.wav' not in [name for _, name in found]
+    anew, same = reads(f'--index={sounds}/other.npz')
+    assert len(anew) == 8 and [name for _, name in same] == [name for _, name in found]
+    (folder / 'low' / '1.wav').unlink()                                                     # gone only
+    assert reads()[0] == set() and 'low/1.wav' not in np.load(sounds / 'index.npz')['names']
+    assert len(reads('--pool=mean')[0]) == 7 and reads('--pool=mean')[0] == set()           # bound to its settings
+    state = torch.load(pretrained, weights_only=False)
+    state['model']['encoder.norm.weight'][0] += 0.1
+    torch.save(state, sounds / 'other.pt')
+    assert len(reads('--pool=mean', f'--ckpt={sounds}/other.pt')[0]) == 7                   # and to the weights
+    (sounds / 'index.npz').write_bytes(before[:len(before) // 2])
+    result = search(pretrained, sounds)
+    assert 'damaged' in result.out and len(table(result)) == 7
+    np.savez(sounds / 'index.npz', binding=np.array(['x', 'y']), names=1, stamps=2, features=3)
+    assert 'damaged' in search(pretrained, sounds).out
+
+
+def test_neighbours_of_a_sound_of_the_folder(pretrained, sounds):          # noqa: F811
+    """It is not its own. Without --index, the index lies beside the checkpoint."""
+    ckpt = sounds / 'copy.pt'
+    ckpt.write_bytes(open(pretrained, 'rb').read())
+    found = table(call(neighbours.run, f'--ckpt={ckpt}', f'--folder={sounds}/sounds', '--device=cpu',
+                       f'--wav={sounds}/sounds/low/2.wav'))
+    assert len(found) == 7 and 'low/2.wav' not in [name for _, name in found] and found[0][1].startswith('low')
+    assert [name for name in os.listdir(sounds) if name.startswith('neighbours-sounds-') and name.endswith('-copy.npz')]
+
+
+def test_unreadable_files_are_named(pretrained, sounds):          # noqa: F811
+    (sounds / 'sounds' / 'broken.wav').write_bytes(b'RIFF no sound')
+    os.symlink('nowhere.wav', sounds / 'sounds' / 'link.wav')
+    result = search(pretrained, sounds)
+    assert len(table(result)) == 8 and result.out.count('left out: ') == 2
+    assert 'broken.wav' in result.out and 'link.wav' in result.out
+
+
+@pytest.mark.parametrize('options, words', [
+    (['--ckpt=none.pt'], ['none.pt']), (['--ckpt='], ['--ckpt']), (['--wav='], ['--wav']),
+    (['--folder='], ['--folder']), (['--folder={0}/asked.wav'], ['asked.wav', 'folder']), (['--wav={0}/none.wav'], ['none.wav']),
+    (['--top_k=0'], ['top_k']), (['--index={0}/x.csv'], ['.npz']), (['--picture={0}/x.jpg'], ['.png']),
+    (['--pool=max'], ['pool']), (['--layer=9'], ['layer']), (['--folder={0}/one'], ['one', 'two']),
+    (['--folder={0}/empty'], ['empty'])])
+def test_bad_searches(pretrained, sounds, options, words):          # noqa: F811
+    os.makedirs(sounds / 'empty')
+    write_wav(f'{sounds}/one/a.wav', noise(16000))
+    before = sorted(os.listdir(sounds))
+    assert is_one_line_error(search(pretrained, sounds, *(option.format(sounds) for option in options)), *words)
+    assert sorted(os.listdir(sounds)) == before
+
+
+def test_a_failing_index_leaves_the_old_one(pretrained, sounds, monkeypatch):          # noqa: F811
+    search(pretrained, sounds)
+    before = (sounds / 'index.npz').read_bytes()
+    write_wav(f'{sounds}/sounds/new.wav', noise(16000))
+
+    def full(*_, **__):
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(np, 'savez', full)
+    assert is_one_line_error(search(pretrained, sounds), 'No space')
+    assert (sounds / 'index.npz').read_bytes() == before and not (sounds / 'index.npz.tmp').exists()
+
+
+def test_the_picture(pretrained, sounds):          # noqa: F811
+    pytest.importorskip('matplotlib')
+    result = search(pretrained, sounds, f'--picture={sounds}/near.png', '--top_k=3')
+    assert len(table(result)) == 3
+    assert (sounds / 'near.png').read_bytes().startswith(b'\x89PNG')

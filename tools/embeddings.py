@@ -6,6 +6,7 @@
 
 The shapes, units and poolings: docs/embeddings.md.
 """
+import contextlib
 import math
 from dataclasses import replace
 
@@ -56,8 +57,9 @@ class Embedder:
     def clips(self, waves, rate=SAMPLE_RATE):
         """Clip embeddings (clips, F) float32, of any length: those of eval.py --embed. F: 2 * columns * D of bands, D
         of mean and cls. waves: see clips_of. Raises DataError, CheckpointError."""
-        return self.told(lambda: features(self.encoder, clips_of(waves, rate), self.spectrum, self.process,
-                                          self.autocast, self.pool, self.layer, batch_size=self.batch_size))
+        with self.named():
+            return features(self.encoder, clips_of(waves, rate), self.spectrum, self.process, self.autocast, self.pool,
+                            self.layer, batch_size=self.batch_size)
 
     def rows(self, waves, rate=SAMPLE_RATE):
         """Time-stamped embeddings (clips, rows, columns * D) float32, one per row of patches (16 frames, 160 ms), the
@@ -66,8 +68,8 @@ class Embedder:
 
         A row whose centre lies behind the clip's end is left out, but for the first, whose time is then the clip's
         middle. Where a clip is shorter than the longest, both are NaN. A clip that is longer than the input is seen in
-        windows side by side; the last begins earlier, on a row, for what the others have not seen. waves: see clips_of. Raises DataError,
-        CheckpointError.
+        windows side by side; the last begins earlier, on a row, for what the others have not seen. waves: see clips_of.
+        Raises DataError, CheckpointError.
         """
         clips, config, frames = clips_of(waves, rate), self.encoder.config, self.spectrum['frames']
         patch = config.patch_size
@@ -78,22 +80,27 @@ class Embedder:
         centre = (np.arange(rows.max()) * patch + (patch - 1) / 2) * HOP_SAMPLES + WINDOW_SAMPLES / 2      # samples
         seconds = np.where(centre < clips.length[:, None], centre, np.nan) / SAMPLE_RATE
         seconds[:, 0] = np.where(centre[0] < clips.length, centre[0], clips.length / 2) / SAMPLE_RATE
+
+        def encode(spec, *_):
+            return states(self.encoder, spec, self.layer)[0].flatten(2),    # (B, rows, columns * D)
         found = np.full((*seconds.shape, self.row_size), np.nan, np.float32)
-        for indices, (of_rows,) in self.told(lambda: list(in_batches(
-                lambda spec, *_: (states(self.encoder, spec, self.layer)[0].flatten(2),), windows, self.spectrum,
-                self.process, self.autocast, batch_size=self.batch_size))):
-            for window, values in zip(indices, of_rows):
-                first = windows.start[window] // (patch * HOP_SAMPLES)
-                here = found[windows.clip[window], first:first + len(values)]
-                unseen = np.isnan(here[:, 0])                               # by the window before
-                here[unseen] = values[:len(here)][unseen]
+        with self.named():
+            for indices, (of_rows,) in in_batches(encode, windows, self.spectrum, self.process, self.autocast,
+                                                  batch_size=self.batch_size):
+                for window, values in zip(indices, of_rows):
+                    first = windows.start[window] // (patch * HOP_SAMPLES)
+                    here = found[windows.clip[window], first:first + len(values)]
+                    unseen = np.isnan(here[:, 0])                           # by the window before
+                    here[unseen] = values[:len(here)][unseen]
         found[np.isnan(seconds)] = np.nan
         longest = int((~np.isnan(seconds)).sum(axis=1).max())
         return found[:, :longest], seconds[:, :longest]
 
-    def told(self, compute):
+    @contextlib.contextmanager
+    def named(self):
+        """What is not finite is the checkpoint's fault: name it."""
         try:
-            return compute()
+            yield
         except NotFiniteError as error:
             raise CheckpointError(f'{self.path}: {error}: its weights, or what it is told of its input, are damaged or '
                                   'too large') from None
