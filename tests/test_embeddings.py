@@ -1,6 +1,9 @@
 """Embeddings in Python, neighbours, the HEAR interface, the exported encoder.
 python -m pytest tests/test_embeddings.py"""
+import json
 import os
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -13,7 +16,8 @@ from audio import samples_for
 from audio.decoding import decode_file
 from checkpoints.opening import open_checkpoint
 from engine.errors import CheckpointError, ConfigError, DataError
-from tools import neighbours
+from scoring.features import states
+from tools import export, hear_asda, neighbours
 from tools.embeddings import load
 
 from .conftest import ROOT, call, is_one_line_error, write_wav
@@ -227,7 +231,8 @@ def test_unreadable_files_are_named(pretrained, sounds):          # noqa: F811
 
 @pytest.mark.parametrize('options, words', [
     (['--ckpt=none.pt'], ['none.pt']), (['--ckpt='], ['--ckpt']), (['--wav='], ['--wav']),
-    (['--folder='], ['--folder']), (['--folder={0}/asked.wav'], ['asked.wav', 'folder']), (['--wav={0}/none.wav'], ['none.wav']),
+    (['--folder='], ['--folder']),
+    (['--folder={0}/asked.wav'], ['asked.wav', 'folder']), (['--wav={0}/none.wav'], ['none.wav']),
     (['--top_k=0'], ['top_k']), (['--index={0}/x.csv'], ['.npz']), (['--picture={0}/x.jpg'], ['.png']),
     (['--pool=max'], ['pool']), (['--layer=9'], ['layer']), (['--folder={0}/one'], ['one', 'two']),
     (['--folder={0}/empty'], ['empty'])])
@@ -256,3 +261,76 @@ def test_the_picture(pretrained, sounds):          # noqa: F811
     result = search(pretrained, sounds, f'--picture={sounds}/near.png', '--top_k=3')
     assert len(table(result)) == 3
     assert (sounds / 'near.png').read_bytes().startswith(b'\x89PNG')
+
+
+# ----------------------------------------------------------------------------------------------- HEAR's interface
+
+@pytest.mark.parametrize('ckpt', ['ours', 'eat'])
+def test_hear_interface(pretrained, ckpt):          # noqa: F811
+    """What the HEAR 2021 rules say: attributes, shapes, float32, times in milliseconds that rise evenly within the
+    sound; a sound's embedding does not depend on the batch; no gradient, audio unchanged."""
+    path = pretrained if ckpt == 'ours' else os.path.join(FIXTURES, 'eat_tiny_pretrain.pt')
+    model = hear_asda.load_model(path)
+    assert isinstance(model, torch.nn.Module) and model.sample_rate == 16000
+    assert type(model.scene_embedding_size) is type(model.timestamp_embedding_size) is int
+    audio = torch.rand(5, 30000, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    before = audio.clone()
+    scene = hear_asda.get_scene_embeddings(audio, model)
+    rows, times = hear_asda.get_timestamp_embeddings(audio, model)
+    assert scene.shape == (5, model.scene_embedding_size) and scene.dtype == torch.float32
+    assert rows.shape == (5, times.shape[1], model.timestamp_embedding_size) and rows.dtype == torch.float32
+    assert torch.equal(audio, before) and not (scene.requires_grad or rows.requires_grad)
+    assert torch.isfinite(scene).all() and torch.isfinite(rows).all() and times.dtype == torch.float32
+    assert torch.allclose(times.diff(), torch.tensor(160.0), atol=1e-3) and (times == times[0]).all()
+    assert (times > 0).all() and (times < 30000 / 16).all() and times.shape[1] == 12
+    for i in range(5):
+        assert torch.allclose(hear_asda.get_scene_embeddings(audio[i:i + 1], model), scene[i:i + 1], atol=1e-5)
+        alone, _ = hear_asda.get_timestamp_embeddings(audio[i:i + 1], model)
+        assert torch.allclose(alone, rows[i:i + 1], atol=1e-5)
+    own = load(path, device='cpu')
+    np.testing.assert_allclose(scene.numpy(), own.clips(audio.numpy(), 16000), atol=1e-6)
+    np.testing.assert_allclose(times.numpy() / 1000, own.rows(audio.numpy(), 16000)[1], atol=1e-6)
+
+
+@pytest.mark.parametrize('audio', [torch.zeros(16000), torch.zeros(1, 2, 800), torch.zeros(1, 800, dtype=torch.int16)])
+def test_hear_refuses_other_shapes(pretrained, audio):          # noqa: F811
+    with pytest.raises(DataError, match='n_sounds'):
+        hear_asda.get_scene_embeddings(audio, hear_asda.load_model(pretrained))
+
+
+def test_hearvalidator(pretrained, monkeypatch, capsys):          # noqa: F811
+    """The published validator itself, with nothing in TensorFlow's place: it asks only whether the model is one of its
+    modules."""
+    monkeypatch.setitem(sys.modules, 'tensorflow', types.SimpleNamespace(Module=type('Module', (), {})))
+    validate = pytest.importorskip('hearvalidator.validate', reason='needs hearvalidator (pip install --no-deps)')
+    with pytest.warns(UserWarning, match='50ms'):                           # ours are 160 ms apart
+        validate.ValidateModel('tools.hear_asda', pretrained, device='cpu')()
+    assert 'Interval between timestamps is 160' in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------ the exported encoder
+
+@pytest.mark.parametrize('ckpt, layer', [('ours', 0), ('authors_tiny_pretrain.pt', 1), ('eat_tiny_finetune.pt', 0)])
+def test_the_exported_encoder_computes_the_same(pretrained, tmp_path, ckpt, layer):         # noqa: F811
+    """Of another number of clips than it was exported with, read anew from its file."""
+    path = pretrained if ckpt == 'ours' else os.path.join(FIXTURES, ckpt)
+    result = call(export.run, f'--ckpt={path}', f'--out={tmp_path}/e.pt2', f'--layer={layer}')
+    assert result.code == 0, result.err
+    files = {'input.json': ''}
+    program = torch.export.load(tmp_path / 'e.pt2', extra_files=files).module()
+    loaded = open_checkpoint(path)
+    assert json.loads(files['input.json']) == loaded.spectrum
+    for batch in (1, 2, 5):
+        spec = torch.randn(batch, loaded.spectrum['frames'], 128, generator=torch.Generator().manual_seed(batch))
+        rows, cls = program(spec)
+        with torch.no_grad():
+            want, want_cls = states(loaded.encoder.eval(), spec, layer)
+        assert torch.allclose(rows, want.flatten(2), atol=1e-5) and torch.allclose(cls, want_cls, atol=1e-5)
+
+
+@pytest.mark.parametrize('options, words', [
+    (['--ckpt=none.pt'], ['none.pt']), (['--ckpt='], ['--ckpt']), (['--layer=9'], ['9']),
+    (['--out={0}/x.pt'], ['.pt2']), (['--out={0}'], ['.pt2'])])
+def test_bad_exports(pretrained, tmp_path, options, words):          # noqa: F811
+    result = call(export.run, f'--ckpt={pretrained}', f'--out={tmp_path}/x.pt2', *(o.format(tmp_path) for o in options))
+    assert is_one_line_error(result, *words) and not os.listdir(tmp_path)

@@ -53,9 +53,11 @@ def index_path(settings):
 
 def bound_to(settings):
     """A text that changes with the checkpoint's content, the folder and what else decides the features."""
+    content = hashlib.sha256()
     with open(settings.ckpt, 'rb') as f:
-        content = hashlib.file_digest(f, 'sha256').hexdigest()
-    return repr((content, os.path.realpath(settings.folder), settings.pool, settings.layer))
+        while block := f.read(1 << 20):
+            content.update(block)
+    return repr((content.hexdigest(), os.path.realpath(settings.folder), settings.pool, settings.layer))
 
 
 def read_index(path, binding, width):
