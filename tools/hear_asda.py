@@ -1,6 +1,6 @@
 """The common interface of HEAR 2021 (Turian et al., "HEAR: Holistic Evaluation of Audio Representations", PMLR 176).
 
-    python -m heareval.embeddings.runner tools.hear_asda --model out/demo/ckpt.pt
+    PYTHONPATH=. hear-validator tools.hear_asda --model out/demo/ckpt.pt
 
 https://hearbenchmark.com/hear-api.html; scene embeddings are pooled by 'bands', time-stamped ones are 160 ms apart.
 """
