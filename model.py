@@ -177,7 +177,7 @@ class Encoder(nn.Module):
             clip = torch.arange(B, device=x.device).repeat_interleave(len(keep) // B)[:, None]      # of each view
             x = x.flatten(0, 1).index_select(0, (clip * P + keep).flatten()).view(*keep.shape, D)   # (B * n, T, D)
         place = x.shape[1] // 2 if self.config.cls_position == 'middle' else 0
-        x = torch.cat([x[:, :place], self.cls.expand(len(x), -1, -1), x[:, place:]], dim=1)     # (B * n, 1 + T, D)
+        x = torch.cat([x[:, :place], self.cls.expand(x.shape[0], -1, -1), x[:, place:]], dim=1)     # (B * n, 1 + T, D)
         x, outputs = self.norm(x), []
         for i, block in enumerate(self.blocks):
             x, t = block(x, None if draws is None else draws[:, i])
