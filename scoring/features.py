@@ -1,6 +1,6 @@
 """Frozen features of clips of any length: what --embed writes and what probes, kNN and neighbours look at.
 
-Which pooling is for what, with figures: docs/features.md.
+Which pooling is for what, with figures: docs/results.md.
 """
 from dataclasses import replace
 
