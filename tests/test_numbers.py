@@ -739,8 +739,8 @@ def reference_features(encoder, waves, mean, std, frames=64):
 
 
 def right_by_knn(train, train_labels, test, test_labels, k=10, standardise=True):
-    """How many of test a loop gets right: features standardised by train if asked, k nearest by cosine, most votes, then the
-    larger sum of similarities."""
+    """How many of test a loop gets right: features standardised by train if asked, k nearest by cosine, most votes,
+    then the larger sum of similarities."""
     mean, std = (train.mean(axis=0), train.std(axis=0) + 1e-6) if standardise else (0, 1)
     parts = [(part - mean) / std for part in (train, test)]
     unit = [part / np.linalg.norm(part, axis=1, keepdims=True) for part in parts]
