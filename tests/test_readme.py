@@ -13,6 +13,7 @@ import eval as evaluation
 import finetune
 import prepare
 import pretrain
+from tools import viz
 
 from .conftest import ROOT, TINY, call, write_wav
 
@@ -79,7 +80,7 @@ def test_every_option_and_config_exists(command):
         elif word.startswith('config/'):
             assert os.path.exists(os.path.join(ROOT, word)), word
         else:
-            assert script == 'prepare.py' and word in prepare.RECIPES, word
+            assert word in {'prepare.py': prepare.RECIPES, 'tools/viz.py': viz.PICTURES}[script], word
 
 
 @pytest.mark.parametrize(
