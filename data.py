@@ -246,6 +246,7 @@ class OrderedBatches(torch.utils.data.Dataset):
 
     def __init__(self, clips, frames, batch_size):
         self.clips, self.samples, self.batch_size = clips, samples_for(frames), batch_size
+        self.places = range(batch_size)
 
     def __len__(self):
         return -(-len(self.clips) // self.batch_size)

@@ -32,10 +32,10 @@ def loader(batches, items, workers=0, pin=False):
     of the clips (AudioSet's has 245 MB) instead of each getting a copy. Raises ReadError for what cannot be read,
     RunError for a worker that was killed, ConfigError for too little shared memory.
     """
-    batches = Readable(batches)
-    how = dict(prefetch_factor=batches_ahead(batches[items[0]], workers), worker_init_fn=quiet_worker,
-               multiprocessing_context='fork' if sys.platform == 'linux' else None) if workers and len(items) else {}
-    reading = iter(torch.utils.data.DataLoader(batches, batch_size=None, sampler=items, num_workers=workers * bool(how),
+    how = dict(prefetch_factor=batches_ahead(2 * batches.samples * len(batches.places), workers),
+               worker_init_fn=quiet_worker,
+               multiprocessing_context='fork' if sys.platform == 'linux' else None) if workers else {}
+    reading = iter(torch.utils.data.DataLoader(Readable(batches), batch_size=None, sampler=items, num_workers=workers,
                                                pin_memory=pin, **how))
     started = getattr(reading, '_workers', [])
     try:
@@ -54,14 +54,13 @@ def loader(batches, items, workers=0, pin=False):
             worker.kill()
 
 
-def batches_ahead(batch, workers, folder='/dev/shm', most=4):
+def batches_ahead(size, workers, folder='/dev/shm', most=4):
     """How many batches each worker may read ahead: fewer if they would not fit in the shared memory through which they
     go. Raises ConfigError if one does not.
 
-    batch: one of them. Two more are on their way to the device. Other processes of torchrun need as much.
+    size: bytes of one's samples. Two more are on their way to the device. Other processes of torchrun need as much.
     """
-    size = sum(value.nbytes for value in batch.values()) if isinstance(batch, dict) else 0
-    if not size or not os.path.isdir(folder):
+    if not os.path.isdir(folder):
         return most
     free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     if free < (workers + 2) * size:

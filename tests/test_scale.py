@@ -417,15 +417,14 @@ def test_workers_share_the_index_of_two_million_clips(tmp_path):
 
 
 def test_batches_that_do_not_fit_in_shared_memory(tmp_path, monkeypatch):
-    batch = {'pcm': torch.zeros(48, 160240, dtype=torch.int16), 'lengths': torch.zeros(48)}
-    free = 0
+    size, free = 2 * 48 * 160240, 0
     monkeypatch.setattr(os, 'statvfs', lambda _: type('Free', (), dict(f_bavail=free >> 12, f_frsize=4096)))
     for free, count, ahead in ((10 << 30, 8, 4), (472 << 20, 8, 3), (200 << 20, 8, 1), (64 << 20, 1, 2)):
-        assert batches_ahead(batch, count, tmp_path) == ahead
-        assert (ahead * count + 2) * batch['pcm'].nbytes <= free
+        assert batches_ahead(size, count, tmp_path) == ahead
+        assert (ahead * count + 2) * size <= free
     with pytest.raises(ConfigError, match='8 workers need 146 MiB of shared memory.*has 64 free: give fewer --workers'):
-        batches_ahead(batch, 8, tmp_path)
+        batches_ahead(size, 8, tmp_path)
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
-    assert batches_ahead(batch, 2, tmp_path / 'none') == 4                  # no such folder: another system
+    assert batches_ahead(size, 2, tmp_path / 'none') == 4                  # no such folder: another system
     with pytest.raises(ConfigError, match='2 workers'):
-        batches_ahead(batch, 2, tmp_path)
+        batches_ahead(size, 2, tmp_path)
