@@ -259,9 +259,12 @@ def print_help(script, known):
         print(f'  --{name}={default!r:<16} {comment}')
 
 
-def show(settings, leave_out=()):
-    """The resolved settings in one paragraph, for the start of a run."""
-    return '  '.join(f'{name}={value!r}' for name, value in vars(settings).items() if name not in leave_out)
+def show(settings, *sources, leave_out=()):
+    """The settings of a run that differ from their defaults in the sources, arguments of settings_of each. Its log has
+    all of them."""
+    defaults = {name: default for source in sources for name, (default, _) in settings_of(*source).items()}
+    return '  '.join(f'{name}={value!r}' for name, value in vars(settings).items()
+                     if name not in leave_out and value != defaults[name])
 
 
 def words(text):

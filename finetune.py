@@ -228,10 +228,10 @@ def train(settings, process, stop=None):
         mean, std = whole.statistics(window)
         spectrum = {'frames': config.frames, 'window': window, 'mean': mean, 'std': std, 'repeat': repeat}
         autocast = run.precision(config.n_embd)
-        process.print(f'{configurator.show(settings, leave_out=dataclasses.asdict(config))}\n{config}')
+        process.print(f'{configurator.show(settings, (__file__,), leave_out=dataclasses.asdict(config))}\n{config}')
         process.print(f'{len(clips):,} training, {len(valid):,} validation, {len(test):,} test clips; '
                       f'{len(clips.classes)} classes; {config.frames} frames; log-mel mean {mean:.3f}, std {std:.3f}; '
-                      f'{run.provenance}')
+                      f'{run.where}')
         process.print(forms.apply(model.to(process.device)))
         optimizer = make_optimizer(model, settings, process)
         run.kept = {'classes': clips.classes, 'multi_label': clips.multi_label, 'best': -math.inf}

@@ -275,13 +275,13 @@ class ASDA(nn.Module):
         frame_loss = (error * mask).sum() / mask.sum() / math.sqrt(D)       # eq. (5), over the masked patches alone
         loss = frame_loss + self.config.alpha * self.config.utterance_scale * utterance_loss            # eq. (6)
         with torch.no_grad():
-            times, error = mask.sum(dim=1), frame_loss * math.sqrt(D)       # how often a place is masked (B, P)
+            times, missed = mask.sum(dim=1), frame_loss * math.sqrt(D)      # how often a place is masked (B, P)
             variance, predicted = masked_variance(target, times), masked_variance(prediction[:, 0], mask[:, 0])
             around_place = (target - target.mean(dim=0)).square().sum(dim=-1) * (B / (B - 1) if B > 1 else math.nan)
             rest = (around_place * times).sum() / times.sum()               # B / (B - 1): unbiased
         return loss, {
-            'frame': frame_loss.detach(), 'utterance': utterance_loss.detach(), 'content': 1 - error / rest,
-            'place': 1 - rest / variance.sum(), 'explained': 1 - error / variance.sum(),
+            'frame': frame_loss.detach(), 'utterance': utterance_loss.detach(), 'content': 1 - missed / rest,
+            'place': 1 - rest / variance.sum(), 'explained': 1 - missed / variance.sum(),
             'target_std': variance.sqrt().mean(), 'pred_std': predicted.sqrt().mean()}
 
 

@@ -79,6 +79,7 @@ FREE_SETTINGS = ('out_dir', 'resume', 'overwrite', 'other_data', 'min_target_var
                  'kernels', 'loggers')
 COMPILE_MODES = {'default': False, 'reduce-overhead': True, 'max-autotune-no-cudagraphs': False,
                  'max-autotune': True}                      # whether they record CUDA graphs
+MODEL_SETTINGS = os.path.join(ROOT, 'model.py'), 'ASDAConfig'
 COLLAPSED = 0.05                # a variance of the targets, 1 when all is well, that deserves a warning
 
 
@@ -212,9 +213,9 @@ def train(settings):
         labelled = labelled_clips(settings.eval_dataset, settings.data_dir, settings.seed, process)
         spectrum = spectrum_of(clips, config, settings)
         autocast = run.precision(config.n_embd)
-        process.print(configurator.show(settings))
+        process.print(configurator.show(settings, (__file__,), MODEL_SETTINGS))
         process.print(f'{len(clips):,} clips, {clips.length.sum() / SAMPLE_RATE / 3600:.2f} hours, log-mel mean '
-                      f'{spectrum["mean"]:.3f}, std {spectrum["std"]:.3f}; {run.provenance}')
+                      f'{spectrum["mean"]:.3f}, std {spectrum["std"]:.3f}; {run.where}')
 
         torch.manual_seed(settings.seed)
         model = ASDA(config).to(process.device)
@@ -275,7 +276,7 @@ def report(values, run):
 
 
 def run(argv):
-    train(configurator.configure(__file__, argv, (os.path.join(ROOT, 'model.py'), 'ASDAConfig')))
+    train(configurator.configure(__file__, argv, MODEL_SETTINGS))
 
 
 if __name__ == '__main__':

@@ -58,6 +58,11 @@ class Run:
             if kind is None:
                 self.process.gather(None)                                   # no signal may end one while another saves
 
+    @property
+    def where(self):
+        """Versions, device, processes and commit, in words."""
+        return ', '.join(f'{name} {value}' for name, value in self.provenance.items() if value)
+
     def precision(self, width):
         """A context maker for the forward pass; the settings name from now on what 'auto' has become."""
         settings = self.settings

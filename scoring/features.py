@@ -74,14 +74,10 @@ def feature_batches(encoder, clips, spectrum, process, autocast, pools, layer=0,
     row of patches weighs as many frames as it holds of the clip that no window before has seen, a CLS as many as its
     window. Raises NotFiniteError.
     """
-    frames, whole = spectrum['frames'], replace(clips, length=samples_for(frames_in(clips.length)))     # whole frames
-    windows = whole.windows(samples_for(frames), frames * HOP_SAMPLES, spare=0)
-    first = windows.start // HOP_SAMPLES                                    # frame of the clip
-    is_first = np.diff(windows.clip, prepend=-1) > 0
-    seen = torch.from_numpy(np.where(is_first, 0, np.roll(first, 1) + frames - first))      # by the window before
+    windows, seen = windows_of(clips, spectrum['frames'])
 
     def sums(spec, lengths, indices):
-        """Sums over the frames of each window: how many they are, then two of each pool."""
+        """Sums over the frames of each window: how many they are, then one for each pool, two for the bands."""
         x, cls = states(encoder, spec, layer)                               # (B, rows, columns, D), (B, D)
         weight = real_frames(lengths, seen[indices].to(spec.device), x.shape[1], encoder.config.patch_size)  # (B, rows)
         count = weight.sum(dim=1, keepdim=True)
@@ -98,17 +94,35 @@ def feature_batches(encoder, clips, spectrum, process, autocast, pools, layer=0,
                 found.append(torch.einsum('br,brf->bf', weight, of_row.square()))
         return found
 
-    held = None                                                             # sums of a clip that may go on
-    for indices, parts in in_batches(sums, windows, spectrum, process, autocast, **how):
-        clip, parts = windows.clip[indices], [part.astype(np.float64) for part in parts]
-        if held is not None:
-            clip, parts = np.append(held[0], clip), [np.concatenate(pair) for pair in zip(held[1], parts)]
-        starts = np.flatnonzero(np.diff(clip, prepend=-1))
-        parts = [np.add.reduceat(part, starts, axis=0) for part in parts]
-        done = len(starts) - (indices[-1] < len(windows) - 1)
-        held = clip[starts[done:]], [part[done:] for part in parts]
+    batches = in_batches(sums, windows, spectrum, process, autocast, **how)
+    for indices, parts in summed_by_clip(batches, windows.clip):
+        yield indices, pooled(pools, *parts)
+
+
+def windows_of(clips, frames):
+    """Clips cut into windows of so many frames, side by side but for the last, which ends with its clip; and how many
+    frames of each the window before it has seen (windows,)."""
+    whole = replace(clips, length=samples_for(frames_in(clips.length)))     # what is behind the last frame goes
+    windows = whole.windows(samples_for(frames), frames * HOP_SAMPLES, spare=0)
+    first = windows.start // HOP_SAMPLES                                    # its first frame in the clip
+    is_first = np.diff(windows.clip, prepend=-1) > 0
+    return windows, torch.from_numpy(np.where(is_first, 0, np.roll(first, 1) + frames - first))
+
+
+def summed_by_clip(batches, clip):
+    """Yield (indices of clips, their sums) from (indices of windows, arrays with a row for each), in order, whose clips
+    are clip (windows,): the last clip of a batch waits for the next, since it may go on there."""
+    waiting = None
+    for indices, parts in batches:
+        of_row, parts = clip[indices], [part.astype(np.float64) for part in parts]
+        if waiting is not None:
+            of_row, parts = np.append(waiting[0], of_row), [np.concatenate(pair) for pair in zip(waiting[1], parts)]
+        starts = np.flatnonzero(np.diff(of_row, prepend=-1))
+        found, parts = of_row[starts], [np.add.reduceat(part, starts, axis=0) for part in parts]
+        done = len(starts) - (indices[-1] < len(clip) - 1)
+        waiting = found[done:], [part[done:] for part in parts]
         if done:
-            yield clip[starts[:done]], pooled(pools, *(part[:done] for part in parts))
+            yield found[:done], [part[:done] for part in parts]
 
 
 def pooled(pools, count, *sums):

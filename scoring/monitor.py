@@ -9,6 +9,7 @@ from audio import frames_in
 from audio.clips import carve_validation, open_clips, read_meta
 from engine.errors import ROOT
 from engine.randomness import random
+from model import MAX_FRAMES
 from scoring.features import feature_batches, log_mel_statistics
 from scoring.probes import effective_rank, knn_accuracy, linear_probe
 
@@ -41,7 +42,8 @@ def watch(run, labelled, spectrum, autocast):
     how = {**spectrum, 'mean': mean, 'std': std}
     name = settings.eval_dataset
     if not run.done:
-        longest = {**how, 'frames': min(int(frames_in(np.r_[train.length, valid.length]).max()), 6000), 'repeat': False}
+        frames = min(int(frames_in(np.r_[train.length, valid.length]).max()), MAX_FRAMES)
+        longest = {**how, 'frames': frames, 'repeat': False}
         scores = read_off(*(log_mel_statistics(part, longest, run.process, workers=settings.workers)
                             for part in labelled), *labelled)
         run.process.print(f'{name}, log-mel statistics: kNN {scores["knn"]:.1%}, linear probe {scores["probe"]:.1%}')

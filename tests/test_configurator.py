@@ -216,3 +216,10 @@ def test_the_page_of_settings_is_that_of_the_scripts():
     assert [name for name, text in who.items() if len(text) < 5] == [], 'docs/settings.md: who would set these?'
     with open(settings_table.PAGE, encoding='utf-8') as f:
         assert f.read() == settings_table.page(), 'python -m tests.settings_table writes the page anew'
+
+
+def test_a_run_shows_what_differs_from_the_defaults():
+    model = os.path.join(ROOT, 'model.py'), 'ASDAConfig'
+    chosen = configure(pretrain.__file__, ['--lr=0.5', '--n_layer=3', '--seed=1', '--dataset=a,b'], model)
+    assert configurator.show(chosen, (pretrain.__file__,), model) == "dataset='a,b'  lr=0.5  n_layer=3"
+    assert configurator.show(chosen, (pretrain.__file__,), leave_out=configurator.settings_of(*model)) == "dataset='a,b'  lr=0.5"
