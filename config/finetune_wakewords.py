@@ -3,7 +3,7 @@
     python finetune.py config/finetune_wakewords.py --ckpt=out/real/ckpt.pt
 
 What it costs: 200 updates of 16 clips. Time with the model of config/real.py: about a minute on one CPU core. What
-to expect: the table in the README's results.
+to expect: not measured with the present checkpoint; docs/results.md has linear probes.
 """
 include('finetune_small.py')
 
