@@ -80,7 +80,7 @@ def test_differences_are_called_so_only_beyond_the_spread():
 
 
 @pytest.mark.parametrize('option, word', [('--tables=x', 'tables'), ('--seeds=0', 'seeds'), ('--jobs=0', 'jobs'),
-                                          ('--max_steps=1', 'max_steps')])
+                                          ('--max_steps=1', 'max_steps'), ('--config=absent.py', 'absent.py')])
 def test_bad_options(option, word):
     assert is_one_line_error(call(ablations.run, option), word)
 

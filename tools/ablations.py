@@ -134,6 +134,8 @@ def run(argv):
     names = configurator.words(settings.tables) or list(TABLES)
     if not set(names) <= set(TABLES):
         raise ConfigError(f'tables = {settings.tables!r} must be of {", ".join(TABLES)}')
+    if not os.path.isfile(os.path.join(ROOT, settings.config)):
+        raise ConfigError(f'config = {settings.config}: there is no such file')
     if not settings.show:
         check_output(settings.json_file, '.json', settings.config)
         found, wanted = {}, {(tuple(extra), seed): None for seed in range(1, settings.seeds + 1) for name in names
