@@ -26,7 +26,7 @@ FREE = {*FREE_SETTINGS, *FREE_IN_FINETUNING} - {'kernels', 'ckpt'}          # se
 LOCAL = 'out_dir', 'data_dir', 'resume', 'overwrite'
 PROVENANCE = 'torch', 'python', 'device', 'processes', 'threads', 'commit'
 UNKEPT = 'seconds_left', 'time'
-COMPARED = 'loss', 'explained', 'content', 'knn_cls', 'knn_patches', 'effective_rank', 'valid accuracy', 'valid mAP'
+COMPARED = 'loss', 'explained', 'content', 'knn', 'probe', 'knn_cls', 'effective_rank', 'valid accuracy', 'valid mAP'
 
 
 def with_paths(argv, name):
