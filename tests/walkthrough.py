@@ -86,7 +86,7 @@ def rows(*lines):
 def start(run):
     """What the run says of itself before its first step, without what is the machine's."""
     wanted = 'clips, ', 'trainable parameters', 'AdamW: '
-    return '\n'.join(line.split('; {')[0] for line in run.out.splitlines() if any(word in line for word in wanted))
+    return '\n'.join(line.split('; torch ')[0] for line in run.out.splitlines() if any(word in line for word in wanted))
 
 
 def sound(run):
