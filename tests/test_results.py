@@ -128,12 +128,29 @@ def test_probes_are_told_what_the_task_says(tmp_path, monkeypatch):
     commands = []
     monkeypatch.setattr(results.evaluation, 'run', lambda command: commands.append(command) or {
         'CLS': {'kNN': {'accuracy': 0.5, 'right': len(commands), 'clips': 2}}})
-    found = results.probes(types.SimpleNamespace(ckpt='x.pt', data_dir='sets', seeds=2, pool='bands'), 'digits')
+    found = results.probes(types.SimpleNamespace(ckpt=['x1.pt', 'x2.pt'], data_dir='sets', seeds=2, pool='bands'), 'digits')
     assert [set(command) for command in commands] == [
-        {'--ckpt=x.pt', '--dataset=digits', '--data_dir=sets', '--fold=theo', '--labels_per_class=7', '--pool=bands',
-         f'--seed={seed}', '--device=cpu'} for seed in (1, 2)]
+        {f'--ckpt=x{seed}.pt', '--dataset=digits', '--data_dir=sets', '--fold=theo', '--labels_per_class=7', '--pool=bands',
+         f'--seed={seed}', '--device=cpu', '--threads=1'} for seed in (1, 2)]
     assert list(found) == ['kNN, CLS'] and [score['right'] for score in found['kNN, CLS']] == [1, 2]
     assert [score['command'] for score in found['kNN, CLS']] == [['eval.py', *command] for command in commands]
+
+
+def test_each_seed_has_its_checkpoint(pretrained, data_dir, tmp_path, task, pretended):          # noqa: F811
+    for seed in (1, 2):
+        state = torch.load(pretrained, weights_only=True)
+        state['model']['encoder.cls'] += seed
+        torch.save(state, tmp_path / f'c{seed}.pt')
+    result = call(results.run, f'--ckpt={tmp_path}/c{{seed}}.pt', f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out',
+                  f'--json_file={tmp_path}/x.json', '--arms=pretrained', '--seeds=2')
+    assert result.code == 0, result.err
+    given = {(word['seed'], word['ckpt']) for word in
+             (dict(word[2:].split('=') for word in command if '=' in word) for command in pretended)}
+    clss = {seed: torch.load(path, weights_only=True)['model']['encoder.cls'] for seed, path in given}
+    assert len(given) == 2 and (clss['2'] - clss['1'] - 1).abs().max() < 1e-6
+    with open(tmp_path / 'x.json') as f:
+        stored = json.load(f)
+    assert stored['checkpoints'] == [f'{tmp_path}/c1.pt', f'{tmp_path}/c2.pt'] and len(set(stored['sha256'])) == 2
 
 
 def test_cells_hold_mean_spread_and_counts():
@@ -146,7 +163,7 @@ def test_cells_hold_mean_spread_and_counts():
         '| | x | y |', '|---|---|---|', '| a | 81.2 % (65 of 80) |  |', '| b |  | 81.2 % (65 of 80) |']
 
 
-@pytest.mark.parametrize('argv, word', [(['--arms=all'], 'arms'), (['--jobs=0'], 'jobs'), (['--seed=3'], 'seeds'),
+@pytest.mark.parametrize('argv, word', [(['--arms=all'], 'arms'), (['--tasks=all'], 'tasks'), (['--jobs=0'], 'jobs'), (['--seed=3'], 'seeds'),
                                         (['--json_file=x.md'], 'x.md'), (['--ckpt=/absent.pt'], '/absent.pt'),
                                         (['--show', '--json_file=/absent.json'], '/absent.json')])
 def test_wrong_settings(argv, word, tmp_path):

@@ -1,9 +1,12 @@
-"""The results' table: five tasks from one pre-trained checkpoint, beside the same model from scratch, the features of
+"""The results' tables: five tasks from pre-trained checkpoints, beside the same model from scratch, the features of
 random weights, and log-mel statistics.
 
-    python -m tools.results --ckpt=out/real/ckpt.pt                  # everything; finished runs are not run again
-    python -m tools.results --ckpt=out/real/ckpt.pt --arms=scratch   # only one of pretrained, scratch, probes
+    python -m tools.results --ckpt=out/real{seed}/ckpt.pt            # everything; finished runs are not run again
+    python -m tools.results --ckpt=out/real/ckpt.pt --arms=scratch   # one checkpoint; pretrained, scratch or probes
+    python -m tools.results --ckpt=out/real{seed}/ckpt.pt --tasks=labels --arms=probes --json_file=results/labels.json
     python -m tools.results --show                                   # the table of results/real.json again
+
+A {seed} in --ckpt stands for 1, 2, ...: every seed then has a pre-training of its own, beside labels of its own.
 
 Learning rate or pooling, and then the length, are chosen by the validation accuracy of the first seed; each
 seed is run with the choice, and the table shows the test accuracy of its best checkpoint by validation. Every run is
@@ -29,10 +32,11 @@ from engine.files import replacing
 from scoring.metrics import describe
 from scoring.outputs import check_output
 
-ckpt = 'out/real/ckpt.pt'               # the pre-trained checkpoint
+ckpt = 'out/real/ckpt.pt'               # the pre-trained checkpoint, or one for each {seed}
 out_dir = 'out/results'                 # one folder per run goes here
 data_dir = 'data'                       # prepared demo, fsdd, wakewords and esc10
 arms = 'pretrained,scratch,probes'      # what to run
+tasks = 'main'                          # on which tasks: main, or labels (how few labels do)
 pool = 'bands'                          # features that the probes see: bands, mean, cls, or several
 seeds = 3                               # seeds per task: other labels, other random numbers
 jobs = 2                                # runs at a time, one CPU thread each
@@ -46,6 +50,10 @@ TASKS = {                               # name: (finetune.py arguments, updates,
     'ESC-10, fold 5': (['config/finetune_esc10.py'], 200, {}),
     'demo, 10 labels per class': (['config/finetune_demo.py'], 200, {'*': (1, 2)}),
 }
+LABELS = {
+    f'{title}, {number or "all"}': ([f'config/finetune_{name}.py', f'--labels_per_class={number}'], updates, {'*': (1, 3)})
+    for title, name, updates in (('FSDD', 'fsdd', 300), ('wakewords', 'wakewords', 200))
+    for number in (1, 5, 10, 50, 0)}
 ONE_AT_A_TIME = threading.Lock()         # Python's parser of Python (ast) fails now and then in several threads
 ARMS = {                                # arm: (further arguments, choices of learning rate and pooling)
     'pretrained': ([], ((1e-3, 'mean'), (5e-4, 'mean'))),
@@ -55,13 +63,14 @@ ARMS = {                                # arm: (further arguments, choices of le
 
 def finetune(settings, task, arm, choice, multiple, seed):
     """Run one finetune.py command to its end, or find it finished -> (validation accuracy, test scores) of its best."""
-    (config, *arguments), updates, _ = TASKS[task]
+    (config, *arguments), updates, _ = (TASKS | LABELS)[task]
+    ckpt = settings.ckpt[seed - 1]
     lr, pooling = choice
-    arguments = [os.path.join(ROOT, config), *arguments, *ARMS[arm][0], f'--ckpt={settings.ckpt}',
+    arguments = [os.path.join(ROOT, config), *arguments, *ARMS[arm][0], f'--ckpt={ckpt}',
                  f'--data_dir={settings.data_dir}', f'--lr={lr}', f'--pooling={pooling}', '--layer_decay=1',
                  f'--max_steps={updates * multiple}', f'--seed={seed}', '--threads=1']
     name = ''.join(c if c.isalnum() else '_' for c in f'{task} {arm}')
-    folder = os.path.join(settings.out_dir, f'{name}-seed{seed}-{identity(configured(arguments), settings.ckpt)}')
+    folder = os.path.join(settings.out_dir, f'{name}-seed{seed}-{identity(configured(arguments), ckpt)}')
     command = [sys.executable, os.path.join(ROOT, 'finetune.py'), *arguments, f'--out_dir={folder}']
     if (found := finished(log_of(folder))) is None:
         command.append('--resume' if os.path.exists(f'{folder}/ckpt.pt') else '--overwrite')
@@ -112,7 +121,7 @@ def log_of(folder):
 
 def tuned(settings, task, arm, pool):
     """[test scores of each seed] with the choice, then the length, that validation prefers for the first seed."""
-    choices, lengths = ARMS[arm][1], TASKS[task][2]
+    choices, lengths = ARMS[arm][1], (TASKS | LABELS)[task][2]
     multiples = lengths.get(arm, lengths.get('*', (1,)))
     first = dict(zip(choices, pool.map(lambda choice: finetune(settings, task, arm, choice, 1, 1), choices)))
     choice = max(choices, key=lambda choice: first[choice][0])
@@ -125,13 +134,13 @@ def tuned(settings, task, arm, pool):
 
 def probes(settings, task):
     """{probe and features: [test scores of each seed]}"""
-    (config, *arguments), *_ = TASKS[task]
+    (config, *arguments), *_ = (TASKS | LABELS)[task]
     how, found = configured([os.path.join(ROOT, config), *arguments]), {}
     where = processes.provenance(processes.start('cpu'))
     for seed in range(1, settings.seeds + 1):
-        command = [f'--ckpt={settings.ckpt}', f'--dataset={how.dataset}', f'--data_dir={settings.data_dir}',
+        command = [f'--ckpt={settings.ckpt[seed - 1]}', f'--dataset={how.dataset}', f'--data_dir={settings.data_dir}',
                    f'--fold={how.fold}', f'--labels_per_class={how.labels_per_class}', f'--seed={seed}',
-                   f'--pool={settings.pool}', '--device=cpu']
+                   f'--pool={settings.pool}', '--device=cpu', '--threads=1']
         for kind, scores in evaluation.run(command).items():
             for probe, score in scores.items():
                 found.setdefault(f'{probe}, {kind}', []).append(
@@ -173,20 +182,24 @@ def run(argv):
     configurator.check_ranges(settings, seeds=(1, 1000), jobs=(1, 1000))
     if not set(settings.arms.split(',')) <= {*ARMS, 'probes'}:
         raise ConfigError(f'arms = {settings.arms!r} must be of {", ".join(ARMS)}, probes')
+    chosen = {'main': TASKS, 'labels': LABELS}
+    if settings.tasks not in chosen:
+        raise ConfigError(f'tasks = {settings.tasks!r} is none of {", ".join(chosen)}')
     if not settings.show:
-        check_output(settings.json_file, '.json', settings.ckpt)
-        settings.ckpt, original = snapshot(settings.ckpt, settings.out_dir), settings.ckpt
+        originals = [settings.ckpt.replace('{seed}', str(seed)) for seed in range(1, settings.seeds + 1)]
+        check_output(settings.json_file, '.json', *originals)
+        settings.ckpt = [snapshot(path, settings.out_dir) for path in originals]
         rows = {}
         with concurrent.futures.ThreadPoolExecutor(settings.jobs) as pool:
             for arm in settings.arms.split(','):
-                for task in TASKS:
+                for task in chosen[settings.tasks]:
                     found = (probes(settings, task) if arm == 'probes' else
                              {f'fine-tuned, {arm}': tuned(settings, task, arm, pool)})
                     for row, scores in found.items():
                         rows.setdefault(row, {})[task] = scores
         with replacing(settings.json_file) as f:
-            json.dump({'checkpoint': original, 'sha256': os.path.basename(settings.ckpt)[:-3], 'rows': rows}, f,
-                      indent=1)
+            json.dump({'checkpoints': originals, 'sha256': [os.path.basename(path)[:-3] for path in settings.ckpt],
+                       'rows': rows}, f, indent=1)
     with open(settings.json_file, encoding='utf-8') as f:
         print('\n' + table(json.load(f)['rows']))
 
