@@ -200,7 +200,7 @@ def write_embeddings(loaded, settings, process, autocast):
     config, pools = loaded.config, configurator.words(settings.pool)
     shapes = {pool: ((len(clips), width(config, pool)), np.float32) for pool in pools}
     if settings.patches:
-        patches = loaded.spectrum['frames'] * config.n_mels // config.patch_size ** 2
+        patches = loaded.spectrum['frames'] * config.n_mels // (config.patch_frames * config.patch_size)
         shapes['patches'] = (len(clips), patches, config.n_embd), np.float16
         beside['sound'] = frames_in(clips.length)
     beside.update(names=np.array(clips.keys()), start=(0 if clips.start is None else clips.start) / SAMPLE_RATE
@@ -236,7 +236,7 @@ def apply(settings, loaded, process):
                               f'{len(known)}')
     frames = settings.frames
     if settings.window:                                                     # up to the next whole patch, padded
-        patch = loaded.config.patch_size
+        patch = loaded.config.patch_frames
         frames = -(-frames_in(round(settings.window * SAMPLE_RATE)) // patch) * patch
     if frames:
         try:

@@ -1,12 +1,9 @@
 """ASDA's network: differential attention, encoder, decoder, students and teacher with their losses, classifier.
 
-Wang et al., "ASDA: Audio Spectrogram Differential Attention Mechanism for Self-Supervised Representation Learning",
-Interspeech 2025, arXiv 2507.02666. Equations and sections are the paper's. `python model.py` prints it: parts,
-parameters, operations, shapes.
-
-This file imports PyTorch alone: it must not know audio, files, processes or kernels; `fast` replaces what has a faster
-form. Shapes: B clips, n students (views) of each, P patches of a clip on a (P/8, 8) grid of time x frequency, T kept
-patches of a view, N tokens, D channels, h heads of d = D / h channels, L layers.
+Wang et al., Interspeech 2025, arXiv 2507.02666: equations and sections are the paper's. `python model.py` prints the
+parts, parameters, operations and shapes. This file imports PyTorch alone: it must not know audio, files, processes or
+kernels; `fast` replaces what has a faster form. Shapes: B clips, n students (views) of each, P patches of a clip on a
+(P/8, 8) grid of time x frequency, T kept patches of a view, N tokens, D channels, h heads of d = D / h, L layers.
 """
 import copy
 import dataclasses
@@ -29,7 +26,8 @@ class ASDAConfig:
     pos_scale: float = 1.0              # factor on the positions against the patches; the paper does not say
     pos_embed: str = '1d'               # fixed sine-cosine positions: 1d over the patch index, 2d over (time, mel)
     n_mels: int = 128                   # mel bands of the spectrogram
-    patch_size: int = 16                # frames and mel bands of one square patch
+    patch_size: int = 16                # mel bands of one patch
+    patch_frames: int = 16              # frames of one patch; 8 is better for short sounds
     frames: int = 1008                  # input length of pre-training, in 10-ms frames
     decoder_layers: int = 6             # convolutions of the student's decoder
     decoder_groups: int = 16            # groups of each of them
@@ -48,7 +46,7 @@ class ASDAConfig:
 
     @property
     def grid(self):                     # (rows, columns) of patches of a `frames` long clip: time x frequency
-        return self.frames // self.patch_size, self.n_mels // self.patch_size
+        return self.frames // self.patch_frames, self.n_mels // self.patch_size
 
 
 MAX_FRAMES = 768 * 16       # the authors' grid of positions has 768 rows of 16 frames, a little over two minutes
@@ -66,7 +64,7 @@ def sincos(index, dim):
 def position_table(config):
     """(rows * columns, D) fixed positions in time-major patch order, for the longest clip that an encoder takes."""
     columns = config.n_mels // config.patch_size
-    patch = torch.arange(MAX_FRAMES // config.patch_size * columns)
+    patch = torch.arange(MAX_FRAMES // config.patch_frames * columns)
     if config.pos_embed == '1d':
         return sincos(patch, config.n_embd).float()
     frequency, time = patch % columns, patch // columns                     # first half of the channels: frequency
@@ -136,7 +134,8 @@ class Encoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.patch_embed = nn.Conv2d(1, config.n_embd, config.patch_size, stride=config.patch_size)
+        patch = config.patch_frames, config.patch_size
+        self.patch_embed = nn.Conv2d(1, config.n_embd, patch, stride=patch)
         self.cls = nn.Parameter(torch.empty(1, 1, config.n_embd))
         self.norm = nn.LayerNorm(config.n_embd, eps=NORM_EPS)
         self.blocks = nn.ModuleList(
@@ -152,7 +151,8 @@ class Encoder(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.cls)
         nn.init.xavier_uniform_(self.patch_embed.weight.view(self.config.n_embd, -1))
-        nn.init.uniform_(self.patch_embed.bias, -1 / self.config.patch_size, 1 / self.config.patch_size)
+        limit = self.patch_embed.weight[0].numel() ** -0.5
+        nn.init.uniform_(self.patch_embed.bias, -limit, limit)
 
     def embed(self, spec):
         """(B, frames, n_mels) -> (B, P, D): patches in time-major order (t * columns + f) with their positions."""
@@ -168,9 +168,9 @@ class Encoder(nn.Module):
         -> (B * n, 1 + T, D), CLS first wherever it stood inside; with layers=True, that and t of all L blocks.
         """
         _, frames, bands = spec.shape
-        if frames % self.config.patch_size or frames > MAX_FRAMES or bands != self.config.n_mels:
+        if frames % self.config.patch_frames or frames > MAX_FRAMES or bands != self.config.n_mels:
             raise ValueError(f'a spectrogram of {frames} frames x {bands} bands: frames must be a multiple of '
-                             f'{self.config.patch_size} up to {MAX_FRAMES}, bands {self.config.n_mels}')
+                             f'{self.config.patch_frames} up to {MAX_FRAMES}, bands {self.config.n_mels}')
         x = self.embed(spec)                                                # (B, P, D)
         if keep is not None:
             B, P, D = x.shape
@@ -252,8 +252,7 @@ class ASDA(nn.Module):
         """One training forward -> scalar loss, dict of scalar measures.
 
         spec (B, frames, n_mels); mask (B, n, P) bool, True = masked, n_kept(P, mask_ratio) False in every view, or else
-        RuntimeError; noise (B * n, P, D) for the masked places, in the decoder's type, drawn from N(0, mask_noise^2) if
-        not given.
+        RuntimeError; noise (B * n, P, D) for masked places, in the decoder's type; None: from N(0, mask_noise^2).
         frame, utterance: the two losses. Over the masked patches: explained, 1 - squared error / variance of the
         targets; place, the share of that variance that the mean target of each place over the clips holds; content,
         1 - error / the rest, what is known beyond the place (NaN for one clip). target_std, pred_std: standard

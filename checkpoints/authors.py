@@ -243,8 +243,9 @@ def config_from(weights, cfg, path, overrides):
     frames = dig(cfg, 'task', 'target_length') or dig(cfg, 'model', 'target_length') or dig(
         cfg, 'model', 'modalities', 'image', 'target_length')
     heads = dig(cfg, 'model', 'num_heads') or dig(cfg, 'model', 'pretrained_model_args', 'model', 'num_heads')
-    fields = dict(n_layer=blocks, n_embd=D, ffn_ratio=hidden / D, patch_size=patch, decoder_layers=len(convs),
-                  decoder_groups=groups, n_head=heads if type(heads) is int and heads > 0 else max(D // 64, 1),
+    fields = dict(n_layer=blocks, n_embd=D, ffn_ratio=hidden / D, patch_size=patch, patch_frames=patch,
+                  decoder_layers=len(convs), decoder_groups=groups,
+                  n_head=heads if type(heads) is int and heads > 0 else max(D // 64, 1),
                   frames=frames if type(frames) is int and frames > 0 else 1024, **(EAT if single else AUTHORS))
     try:
         config = check_model(ASDAConfig(**{**fields, **overrides}))

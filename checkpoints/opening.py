@@ -16,7 +16,7 @@ from model import ASDA, ASDAConfig, Classifier
 
 # What an encoder computes beside what its weights' shapes say.
 ENCODES = ('n_layer', 'n_embd', 'n_head', 'diff_lambda', 'head_norm', 'attn_scale', 'pos_embed', 'pos_scale',
-           'patch_size', 'n_mels', 'cls_position', 'decoder_layers', 'decoder_groups')
+           'patch_size', 'patch_frames', 'n_mels', 'cls_position', 'decoder_layers', 'decoder_groups')
 
 
 @dataclass

@@ -15,6 +15,7 @@ leave_out = 'fsdd/theo,esc10/5'         # and every set's test split, which `spl
 eval_dataset = 'wakewords'
 short_clips = 'join'                    # most digits are shorter than half a second
 pos_embed = '2d'                        # carries over to longer inputs
+patch_frames = 8                        # 80 ms: digits and words last a few patches of 160
 max_steps = 3500
 warmup_steps = 200
 ema_start, ema_end, ema_steps = 0.998, 0.9998, max_steps

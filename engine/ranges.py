@@ -5,14 +5,14 @@ from model import MAX_FRAMES
 
 MODEL = {'n_layer': (1, 1000), 'n_head': (1, 10_000), 'n_embd': (4, 100_000), 'ffn_ratio': (1e-5, 1000),
          'diff_lambda': (0, 100), 'attn_scale': (0, 1000), 'pos_scale': (0, 1000), 'n_mels': (1, 10_000),
-         'patch_size': (1, 10_000), 'frames': (1, MAX_FRAMES), 'decoder_layers': (0, 1000),
-         'decoder_groups': (1, 100_000), 'mask_ratio': (0.01, 0.9999), 'mask_block': (1, 10_000), 'mask_adjust': (-1,
-         1), 'mask_noise': (0, 1000), 'n_students': (1, 100_000), 'alpha': (0, 1e6), 'utterance_scale': (0, 1e6),
-         'target_layers': (0, 1000), 'drop_path': (0, 0.9999)}
+         'patch_size': (1, 10_000), 'patch_frames': (1, MAX_FRAMES), 'frames': (1, MAX_FRAMES),
+         'decoder_layers': (0, 1000), 'decoder_groups': (1, 100_000), 'mask_ratio': (0.01, 0.9999),
+         'mask_block': (1, 10_000), 'mask_adjust': (-1, 1), 'mask_noise': (0, 1000), 'n_students': (1, 100_000),
+         'alpha': (0, 1e6), 'utterance_scale': (0, 1e6), 'target_layers': (0, 1000), 'drop_path': (0, 0.9999)}
 MODEL_CHOICES = {'head_norm': ('per_head', 'all', 'none'), 'pos_embed': ('1d', '2d'),
                  'utterance_target': ('normed', 'raw'), 'cls_position': ('head', 'middle'), 'pooling': ('cls', 'mean')}
 MODEL_DIVISORS = (('n_embd', 'n_head'), ('n_embd', 'decoder_groups'), ('n_mels', 'patch_size'),
-                  ('frames', 'patch_size'))
+                  ('frames', 'patch_frames'))
 
 RUN = {'batch_size': (1, 1e6), 'accumulate': (1, 1e6), 'max_steps': (1, 1e9), 'warmup_steps': (0, 1e9),
        'lr': (0, 1e30), 'weight_decay': (0, 1e3), 'beta1': (0, 0.9999), 'beta2': (0, 0.999999),

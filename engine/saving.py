@@ -57,6 +57,7 @@ def load_checkpoint(path, wanted=('model', 'config', 'settings')):
     if not isinstance(state.get('version'), int) or state['version'] != CHECKPOINT_VERSION:
         raise CheckpointError(f'{path} is a checkpoint of version {state.get("version")}, '
                               f'this code reads {CHECKPOINT_VERSION}')
+    state['config'].setdefault('patch_frames', state['config'].get('patch_size', 16))       # patches were square once
     return state
 
 

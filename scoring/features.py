@@ -79,7 +79,7 @@ def feature_batches(encoder, clips, spectrum, process, autocast, pools, layer=0,
     def sums(spec, lengths, indices):
         """Sums over the frames of each window: how many they are, then one for each pool, two for the bands."""
         x, cls = states(encoder, spec, layer)                               # (B, rows, columns, D), (B, D)
-        weight = real_frames(lengths, seen[indices].to(spec.device), x.shape[1], encoder.config.patch_size)  # (B, rows)
+        weight = real_frames(lengths, seen[indices].to(spec.device), x.shape[1], encoder.config.patch_frames)
         count = weight.sum(dim=1, keepdim=True)
         found = [count]
         for pool in pools:
@@ -154,11 +154,11 @@ def states(encoder, spec, layer=0):
     return patches.unflatten(1, (-1, config.n_mels // config.patch_size)), x[:, place]
 
 
-def real_frames(lengths, seen, rows, patch_size):
+def real_frames(lengths, seen, rows, patch_frames):
     """(B, rows) float: how many frames of each row of patches are real, of a clip of `lengths` samples (B,), and not
     among the first `seen` frames (B,)."""
-    begin = torch.arange(rows, device=lengths.device) * patch_size
-    stop = torch.minimum(begin + patch_size, frames_in(lengths)[:, None])
+    begin = torch.arange(rows, device=lengths.device) * patch_frames
+    stop = torch.minimum(begin + patch_frames, frames_in(lengths)[:, None])
     return (stop - torch.maximum(begin, seen[:, None])).clamp_min(0).float()
 
 

@@ -48,9 +48,9 @@ def test_the_default_is_the_base_model():
     """Its sizes and the method's numbers as the paper has them, and as the authors' code where it is silent."""
     assert dataclasses.asdict(ASDAConfig()) == {
         'n_layer': 12, 'n_head': 8, 'n_embd': 768, 'ffn_ratio': 3.5, 'diff_lambda': 0.3, 'head_norm': 'per_head',
-        'attn_scale': 1.0, 'pos_scale': 1.0, 'pos_embed': '1d', 'n_mels': 128, 'patch_size': 16, 'frames': 1008,
-        'decoder_layers': 6, 'decoder_groups': 16, 'mask_ratio': 0.8, 'mask_block': 5, 'mask_adjust': 0.07,
-        'mask_noise': 0.01, 'n_students': 16, 'alpha': 0.5, 'utterance_scale': 1.0, 'utterance_target': 'normed',
+        'attn_scale': 1.0, 'pos_scale': 1.0, 'pos_embed': '1d', 'n_mels': 128, 'patch_size': 16,
+        'patch_frames': 16, 'frames': 1008, 'decoder_layers': 6, 'decoder_groups': 16, 'mask_ratio': 0.8,
+        'mask_block': 5, 'mask_adjust': 0.07, 'mask_noise': 0.01, 'n_students': 16, 'alpha': 0.5, 'utterance_scale': 1.0, 'utterance_target': 'normed',
         'target_layers': 0, 'cls_position': 'head', 'pooling': 'cls', 'drop_path': 0.0}
 
 
@@ -168,9 +168,10 @@ class Negation(torch.nn.Module):
 # -------------------------------------------------------------------------------------------------------------- encoder
 
 @pytest.mark.parametrize('pos_embed', ['1d', '2d'])
-def test_positions_follow_the_formula(pos_embed):
-    table, D = position_table(variant(pos_embed=pos_embed)), 32
-    assert table.shape == (768 * 8, D)
+@pytest.mark.parametrize('patch_frames', [16, 8])
+def test_positions_follow_the_formula(pos_embed, patch_frames):
+    table, D = position_table(variant(pos_embed=pos_embed, patch_frames=patch_frames)), 32
+    assert table.shape == (MAX_FRAMES // patch_frames * 8, D)
 
     def axis(index, dim):
         angles = [index * 10000 ** (-k / (dim / 2)) for k in range(dim // 2)]
@@ -180,14 +181,17 @@ def test_positions_follow_the_formula(pos_embed):
         torch.testing.assert_close(table[t * 8 + f], torch.tensor(want), atol=1e-5, rtol=0)
 
 
-def test_patches_are_time_major_and_cls_has_no_position():
-    encoder = Encoder(SMALL)
+@pytest.mark.parametrize('wide, high', [(16, 16), (8, 16), (32, 64)])
+def test_patches_are_time_major_and_cls_has_no_position(wide, high):
+    config = variant(patch_frames=wide, patch_size=high)
+    encoder = Encoder(config)
     encoder.positions.zero_()
     spec = torch.randn(1, 64, 128)
-    t, f = 2, 5
-    want = ((encoder.patch_embed.weight[:, 0] * spec[0, t * 16:t * 16 + 16, f * 16:f * 16 + 16]).sum((1, 2))
-            + encoder.patch_embed.bias)
-    torch.testing.assert_close(encoder.embed(spec)[0, t * 8 + f], want)
+    t, f = 1, 128 // high - 1
+    want = ((encoder.patch_embed.weight[:, 0]
+             * spec[0, t * wide:t * wide + wide, f * high:f * high + high]).sum((1, 2)) + encoder.patch_embed.bias)
+    assert config.grid == (64 // wide, 128 // high)
+    torch.testing.assert_close(encoder.embed(spec)[0, t * config.grid[1] + f], want)
 
 
 def test_student_sees_only_what_it_keeps():

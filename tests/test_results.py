@@ -128,10 +128,11 @@ def test_probes_are_told_what_the_task_says(tmp_path, monkeypatch):
     commands = []
     monkeypatch.setattr(results.evaluation, 'run', lambda command: commands.append(command) or {
         'CLS': {'kNN': {'accuracy': 0.5, 'right': len(commands), 'clips': 2}}})
-    found = results.probes(types.SimpleNamespace(ckpt=['x1.pt', 'x2.pt'], data_dir='sets', seeds=2, pool='bands'), 'digits')
+    settings = types.SimpleNamespace(ckpt=['x1.pt', 'x2.pt'], data_dir='sets', seeds=2, pool='bands')
+    found = results.probes(settings, 'digits')
     assert [set(command) for command in commands] == [
-        {f'--ckpt=x{seed}.pt', '--dataset=digits', '--data_dir=sets', '--fold=theo', '--labels_per_class=7', '--pool=bands',
-         f'--seed={seed}', '--device=cpu', '--threads=1'} for seed in (1, 2)]
+        {f'--ckpt=x{seed}.pt', '--dataset=digits', '--data_dir=sets', '--fold=theo', '--labels_per_class=7',
+         '--pool=bands', f'--seed={seed}', '--device=cpu', '--threads=1'} for seed in (1, 2)]
     assert list(found) == ['kNN, CLS'] and [score['right'] for score in found['kNN, CLS']] == [1, 2]
     assert [score['command'] for score in found['kNN, CLS']] == [['eval.py', *command] for command in commands]
 
@@ -163,8 +164,9 @@ def test_cells_hold_mean_spread_and_counts():
         '| | x | y |', '|---|---|---|', '| a | 81.2 % (65 of 80) |  |', '| b |  | 81.2 % (65 of 80) |']
 
 
-@pytest.mark.parametrize('argv, word', [(['--arms=all'], 'arms'), (['--tasks=all'], 'tasks'), (['--jobs=0'], 'jobs'), (['--seed=3'], 'seeds'),
-                                        (['--json_file=x.md'], 'x.md'), (['--ckpt=/absent.pt'], '/absent.pt'),
+@pytest.mark.parametrize('argv, word', [(['--arms=all'], 'arms'), (['--tasks=all'], 'tasks'), (['--jobs=0'], 'jobs'),
+                                        (['--seed=3'], 'seeds'), (['--json_file=x.md'], 'x.md'),
+                                        (['--ckpt=/absent.pt'], '/absent.pt'),
                                         (['--show', '--json_file=/absent.json'], '/absent.json')])
 def test_wrong_settings(argv, word, tmp_path):
     assert is_one_line_error(call(results.run, f'--out_dir={tmp_path}', *argv), word)

@@ -64,7 +64,7 @@ def test_the_students_of_the_picture_see_what_its_title_says(pretrained, sound):
     settings = viz.configurator.configure(viz.__file__, [f'--ckpt={pretrained}', f'--wav={sound}'])
     figure, _ = viz.draw_masks(settings, viz.pyplot())
     model, _ = viz.open_asda(pretrained)
-    patch, kept = model.config.patch_size ** 2, 6
+    patch, kept = model.config.patch_frames * model.config.patch_size, 6
     for axis in figure.axes[1:]:
         shown = np.isfinite(np.ma.filled(axis.images[0].get_array(), np.nan)).sum()
         assert shown == kept * patch and axis.get_title().endswith(f'{kept} of 32')

@@ -74,7 +74,8 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.patch_embed = nn.Conv2d(1, config.n_embd, config.patch_size, stride=config.patch_size)
+        patch = config.patch_frames, config.patch_size
+        self.patch_embed = nn.Conv2d(1, config.n_embd, patch, stride=patch)
         self.cls = nn.Parameter(torch.zeros(1, 1, config.n_embd))
         self.norm = nn.LayerNorm(config.n_embd, eps=NORM_EPS)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))

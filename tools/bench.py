@@ -287,7 +287,7 @@ def measure_masks(bench):
 def measure_growth(bench):
     """The step with half, as many and twice the clips, students and frames, without torch.compile."""
     measured, figures = {}, {}
-    units = {'batch_size': bench.settings.accumulate, 'n_students': 1, 'frames': bench.config.patch_size}
+    units = {'batch_size': bench.settings.accumulate, 'n_students': 1, 'frames': bench.config.patch_frames}
     for name, factor in itertools.product(units, (0.5, 1, 2)):
         value = max(int(getattr(bench.settings, name) * factor) // units[name], 1) * units[name]
         try:

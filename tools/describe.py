@@ -35,7 +35,7 @@ def flops(config):
     hidden = round(D * config.ffn_ratio)
     layer = 2 * ((2 * maps + 2) * D * D + 2 * D * hidden)                   # of a token: Q and K, V, W_O; feed-forward
     attention = 4 * maps * D                                                # of a pair of tokens: scores, sum of values
-    embedding = 2 * P * D * config.patch_size ** 2
+    embedding = 2 * P * D * config.patch_frames * config.patch_size
     convolutions = config.decoder_layers * 2 * P * 9 * D * D // config.decoder_groups
     return {'teacher patch embedding': embedding, 'teacher matmuls': L * (1 + P) * layer,
             'teacher attention': L * (1 + P) ** 2 * attention, 'student patch embedding': 2 * embedding,

@@ -62,9 +62,9 @@ class Embedder:
                             self.layer, batch_size=self.batch_size)
 
     def rows(self, waves, rate=SAMPLE_RATE):
-        """Time-stamped embeddings (clips, rows, columns * D) float32, one per row of patches (16 frames, 160 ms), the
-        columns side by side from low to high frequencies; and the seconds (clips, rows) float64 of their centres from
-        the clip's start, 0.0875, 0.2475, ...
+        """Time-stamped embeddings (clips, rows, columns * D) float32, one per row of patches (16 frames, 160 ms,
+        unless the checkpoint has others), the columns side by side from low to high frequencies; and the seconds
+        (clips, rows) float64 of their centres from the clip's start, 0.0875, 0.2475, ...
 
         A row whose centre lies behind the clip's end is left out, but for the first, whose time is then the clip's
         middle. Where a clip is shorter than the longest, both are NaN. A clip that is longer than the input is seen in
@@ -72,7 +72,7 @@ class Embedder:
         Raises DataError, CheckpointError.
         """
         clips, config, frames = clips_of(waves, rate), self.encoder.config, self.spectrum['frames']
-        patch = config.patch_size
+        patch = config.patch_frames
         rows = -(-frames_in(clips.length) // patch)
         windows = replace(clips, length=samples_for(rows * patch)).windows(samples_for(frames), frames * HOP_SAMPLES,
                                                                            spare=0)

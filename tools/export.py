@@ -58,7 +58,7 @@ def run(argv):
         torch.export.save(program, f, extra_files={'input.json': json.dumps(loaded.spectrum)})
     config = loaded.config
     print(f'{settings.out}: (B, {loaded.spectrum["frames"]}, {config.n_mels}) -> (B, '
-          f'{loaded.spectrum["frames"] // config.patch_size}, {config.n_mels // config.patch_size * config.n_embd}), '
+          f'{loaded.spectrum["frames"] // config.patch_frames}, {config.n_mels // config.patch_size * config.n_embd}), '
           f'(B, {config.n_embd})')
 
 

@@ -51,7 +51,8 @@ TASKS = {                               # name: (finetune.py arguments, updates,
     'demo, 10 labels per class': (['config/finetune_demo.py'], 200, {'*': (1, 2)}),
 }
 LABELS = {
-    f'{title}, {number or "all"}': ([f'config/finetune_{name}.py', f'--labels_per_class={number}'], updates, {'*': (1, 3)})
+    f'{title}, {number or "all"}':
+        ([f'config/finetune_{name}.py', f'--labels_per_class={number}'], updates, {'*': (1, 3)})
     for title, name, updates in (('FSDD', 'fsdd', 300), ('wakewords', 'wakewords', 200))
     for number in (1, 5, 10, 50, 0)}
 ONE_AT_A_TIME = threading.Lock()         # Python's parser of Python (ast) fails now and then in several threads

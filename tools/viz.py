@@ -107,9 +107,8 @@ def masks_of(config, batch, seed):
 
 def energies(spec, config):
     """(B, frames, 128) -> (B, P) mean of every patch"""
-    side = config.patch_size
-    B, frames, bands = spec.shape
-    return spec.view(B, frames // side, side, bands // side, side).mean(dim=(2, 4)).flatten(1)
+    rows, columns = config.patch_frames, config.patch_size
+    return spec.unflatten(2, (-1, columns)).unflatten(1, (-1, rows)).mean(dim=(2, 4)).flatten(1)
 
 
 def show(axis, picture, config=None, **how):
@@ -140,7 +139,7 @@ def draw_masks(settings, plt):
     low, high = float(spec.min()), float(spec.max())
     for n in range(config.n_students):
         axis = figure.add_subplot(grid[1 + n // columns, n % columns])
-        hidden = mask[n].view(config.grid).repeat_interleave(config.patch_size, 0)
+        hidden = mask[n].view(config.grid).repeat_interleave(config.patch_frames, 0)
         hidden = hidden.repeat_interleave(config.patch_size, 1)
         show(axis, spec[0].masked_fill(hidden, math.nan), cmap='viridis', vmin=low, vmax=high)
         axis.set_facecolor('0.85')
@@ -175,12 +174,12 @@ def draw_maps(settings, plt):
                           f'{config.cls_position}: this picture needs two maps and the CLS first')
     spec, real = one_spectrogram(settings, loaded.spectrum)
     columns = config.n_mels // config.patch_size
-    rows = -(-real // config.patch_size)
+    rows = -(-real // config.patch_frames)
     energy = energies(spec, config)[0, :rows * columns]
     named = {'cls': 0, 'loudest': 1 + int(energy.argmax())}
     token = named.get(settings.query, 1 + int(settings.query) if settings.query.isdecimal() else -1)
     number = settings.layer or (config.n_layer + 1) // 2
-    if not 0 <= token <= spec.shape[1] // config.patch_size * columns or number > config.n_layer:
+    if not 0 <= token <= spec.shape[1] // config.patch_frames * columns or number > config.n_layer:
         raise ConfigError(f'query = {settings.query!r} is neither cls, loudest nor a patch, or layer = {number} is not '
                           f'one of {config.n_layer}')
     pair = attention_maps(encoder, spec)[number - 1][0, :, :, token, 1:1 + rows * columns]       # (2, h, P)
@@ -190,11 +189,10 @@ def draw_maps(settings, plt):
                                 layout='constrained', squeeze=False)
     for axis in axes[0, 1:]:
         axis.remove()
-    show(axes[0, 0], spec[0, :rows * config.patch_size], cmap='viridis')
+    show(axes[0, 0], spec[0, :rows * config.patch_frames], cmap='viridis')
     if token:
-        side = config.patch_size
-        row, column = divmod(token - 1, columns)
-        axes[0, 0].add_patch(plt.Rectangle((row * side, column * side), side, side, fill=False, color='white', lw=1.5))
+        wide, high, (row, column) = config.patch_frames, config.patch_size, divmod(token - 1, columns)
+        axes[0, 0].add_patch(plt.Rectangle((row * wide, column * high), wide, high, fill=False, color='white', lw=1.5))
     name = 'CLS' if not token else f'the framed patch ({token - 1})'
     axes[0, 0].set_title(f'block {number} of {config.n_layer}: where {name} looks')
     for head, line in enumerate(axes[1:]):
