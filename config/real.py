@@ -17,6 +17,7 @@ short_clips = 'join'                    # most digits are shorter than half a se
 pos_embed = '2d'                        # carries over to longer inputs
 patch_frames = 8                        # 80 ms: digits and words last a few patches of 160
 max_steps = 3500
+lr = 2e-3
 warmup_steps = 200
 ema_start, ema_end, ema_steps = 0.998, 0.9998, max_steps
 eval_interval = 1000

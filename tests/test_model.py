@@ -50,8 +50,9 @@ def test_the_default_is_the_base_model():
         'n_layer': 12, 'n_head': 8, 'n_embd': 768, 'ffn_ratio': 3.5, 'diff_lambda': 0.3, 'head_norm': 'per_head',
         'attn_scale': 1.0, 'pos_scale': 1.0, 'pos_embed': '1d', 'n_mels': 128, 'patch_size': 16,
         'patch_frames': 16, 'frames': 1008, 'decoder_layers': 6, 'decoder_groups': 16, 'mask_ratio': 0.8,
-        'mask_block': 5, 'mask_adjust': 0.07, 'mask_noise': 0.01, 'n_students': 16, 'alpha': 0.5, 'utterance_scale': 1.0, 'utterance_target': 'normed',
-        'target_layers': 0, 'cls_position': 'head', 'pooling': 'cls', 'drop_path': 0.0}
+        'mask_block': 5, 'mask_adjust': 0.07, 'mask_noise': 0.01, 'n_students': 16, 'alpha': 0.5,
+        'utterance_scale': 1.0, 'utterance_target': 'normed', 'target_layers': 0, 'cls_position': 'head',
+        'pooling': 'cls', 'drop_path': 0.0}
 
 
 def test_parameter_counts():
