@@ -41,7 +41,7 @@ class ASDAConfig:
     utterance_target: str = 'normed'    # normed: mean of the frame targets (authors' code); raw: before instance norm
     target_layers: int = 0              # the last k layers make the targets; 0: all
     cls_position: str = 'head'          # where the CLS token stands inside: head or middle (Table 2)
-    pooling: str = 'cls'                # the utterance: the CLS token, or the mean of the patches (Table 2)
+    pooling: str = 'cls'                # the utterance: cls or mean of the patches (Table 2); a Classifier's also bands
     drop_path: float = 0.0              # stochastic depth of the last block, rising linearly from 0 (fine-tuning)
 
     @property
@@ -50,8 +50,7 @@ class ASDAConfig:
 
 
 MAX_FRAMES = 768 * 16       # the authors' grid of positions has 768 rows of 16 frames, a little over two minutes
-NORM_EPS = 1e-6             # LayerNorm of the encoder
-TARGET_EPS = 1e-5           # normalisations of the targets, of the attention's result and in the decoder
+NORM_EPS, TARGET_EPS = 1e-6, 1e-5    # LayerNorm of the encoder; of targets, attention's result and decoder
 
 
 def sincos(index, dim):
@@ -67,8 +66,8 @@ def position_table(config):
     patch = torch.arange(MAX_FRAMES // config.patch_frames * columns)
     if config.pos_embed == '1d':
         return sincos(patch, config.n_embd).float()
-    frequency, time = patch % columns, patch // columns                     # first half of the channels: frequency
-    return torch.cat([sincos(frequency, config.n_embd // 2), sincos(time, config.n_embd // 2)], dim=1).float()
+    axes = patch % columns, patch // columns                                # frequency: the first channels; time
+    return torch.cat([sincos(axis, config.n_embd // 2) for axis in axes], dim=1).float()
 
 
 class DiffAttention(nn.Module):
@@ -242,11 +241,10 @@ class ASDA(nn.Module):
         """
         _, outputs = self.teacher(spec, layers=True)
         outputs = [t[:, 1:].float() for t in outputs[-self.config.target_layers:]]      # without CLS, (B, P, D)
-        D = self.config.n_embd
-        frame = F.layer_norm(sum(map(instance_norm, outputs)) / len(outputs), (D,), eps=TARGET_EPS)
+        frame = F.layer_norm(sum(map(instance_norm, outputs)) / len(outputs), (self.config.n_embd,), eps=TARGET_EPS)
         if self.config.utterance_target == 'normed':
             return frame, frame.mean(dim=1)
-        return frame, F.layer_norm((sum(outputs) / len(outputs)).mean(dim=1), (D,), eps=TARGET_EPS)
+        return frame, F.layer_norm((sum(outputs) / len(outputs)).mean(dim=1), (self.config.n_embd,), eps=TARGET_EPS)
 
     def forward(self, spec, mask, noise=None):
         """One training forward -> scalar loss, dict of scalar measures.
@@ -284,8 +282,11 @@ class ASDA(nn.Module):
             'target_std': variance.sqrt().mean(), 'pred_std': predicted.sqrt().mean()}
 
 
-def pool(x, pooling):
-    """(B, 1 + T, D), CLS first -> the utterance (B, D)"""
+def pool(x, pooling, columns=None):
+    """(B, 1 + T, D), CLS first -> utterance (B, D); bands: mean, deviation over time of each (B, 2 * columns * D)"""
+    if pooling == 'bands':
+        rows = x[:, 1:].unflatten(1, (-1, columns)).flatten(2)              # (B, time, columns * D)
+        return torch.cat([rows.mean(dim=1), (rows.var(dim=1, correction=0) + NORM_EPS).sqrt()], dim=1)
     return x[:, 0] if pooling == 'cls' else x[:, 1:].mean(dim=1)
 
 
@@ -298,26 +299,26 @@ def instance_norm(x):
 def masked_variance(x, weight):
     """Variance of every channel of x (..., D) over the places, each counted weight (...) times. -> (D,)"""
     x, share = x.flatten(0, -2), (weight / weight.sum()).flatten()[:, None]
-    mean = (share * x).sum(dim=0)
-    return (share * (x - mean).square()).sum(dim=0)
+    return (share * (x - (share * x).sum(dim=0)).square()).sum(dim=0)
 
 
 class Classifier(nn.Module):
-    """A pre-trained encoder with LayerNorm -> Linear on the utterance, CLS or the mean of patches (config.pooling)."""
+    """A pre-trained encoder with LayerNorm -> Linear on what config.pooling makes of its output (pool)."""
 
     def __init__(self, config, n_classes):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
-        self.head_norm = nn.LayerNorm(config.n_embd, eps=NORM_EPS)
-        self.head = nn.Linear(config.n_embd, n_classes)
+        width = config.n_embd * (2 * config.grid[1] if config.pooling == 'bands' else 1)
+        self.head_norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.head = nn.Linear(width, n_classes)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, spec, draws=None):
         """spec (B, frames, n_mels); draws as in Encoder.forward -> logits (B, n_classes)"""
         x = self.encoder(spec, draws=draws)                                 # (B, 1 + P, D)
-        return self.head(self.head_norm(pool(x, self.config.pooling)))
+        return self.head(self.head_norm(pool(x, self.config.pooling, self.config.grid[1])))
 
 
 def count_parameters(module):           # trainable ones

@@ -6,7 +6,7 @@ how much time it takes and what to expect.
 warmup_steps = 20
 lr = 1e-3
 layer_decay = 1.0               # few layers
-pooling = 'mean'                # better than CLS on the validation part
+pooling = 'bands'               # few labels: 83 % on spoken digits where mean has 68 (docs/results.md)
 label_smoothing = 0.1
 eval_interval = 100
 log_interval = 50

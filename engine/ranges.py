@@ -10,7 +10,8 @@ MODEL = {'n_layer': (1, 1000), 'n_head': (1, 10_000), 'n_embd': (4, 100_000), 'f
          'mask_block': (1, 10_000), 'mask_adjust': (-1, 1), 'mask_noise': (0, 1000), 'n_students': (1, 100_000),
          'alpha': (0, 1e6), 'utterance_scale': (0, 1e6), 'target_layers': (0, 1000), 'drop_path': (0, 0.9999)}
 MODEL_CHOICES = {'head_norm': ('per_head', 'all', 'none'), 'pos_embed': ('1d', '2d'),
-                 'utterance_target': ('normed', 'raw'), 'cls_position': ('head', 'middle'), 'pooling': ('cls', 'mean')}
+                 'utterance_target': ('normed', 'raw'), 'cls_position': ('head', 'middle'),
+                 'pooling': ('cls', 'mean', 'bands')}
 MODEL_DIVISORS = (('n_embd', 'n_head'), ('n_embd', 'decoder_groups'), ('n_mels', 'patch_size'),
                   ('frames', 'patch_frames'))
 

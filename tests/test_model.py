@@ -568,7 +568,7 @@ def test_numbers_are_those_of_the_first_version(number):
 
 # ----------------------------------------------------------------------------------------------------------- classifier
 
-def test_classifier_pools_cls_or_patches():
+def test_classifier_pools_cls_patches_or_bands():
     torch.manual_seed(0)
     spec = torch.randn(2, 64, 128)
     model = Classifier(SMALL, 5).eval()
@@ -578,6 +578,13 @@ def test_classifier_pools_cls_or_patches():
     mean = Classifier(variant(pooling='mean'), 5).eval()
     mean.load_state_dict(model.state_dict())
     torch.testing.assert_close(mean(spec), mean.head(mean.head_norm(x[:, 1:].mean(1))))
+    bands = Classifier(variant(pooling='bands'), 5).eval()
+    bands.encoder.load_state_dict(model.encoder.state_dict())
+    grid = x[:, 1:].detach().numpy().reshape(2, 4, 8 * 32)                  # (clip, time, band * channel)
+    want = torch.from_numpy(np.concatenate([grid.mean(axis=1), grid.std(axis=1)], axis=1))
+    torch.testing.assert_close(bands(spec), bands.head(bands.head_norm(want)), atol=1e-4, rtol=1e-4)
+    bands(spec[:, :16]).sum().backward()                                    # one row: no deviation, and a gradient
+    assert all(p.grad.isfinite().all() for p in bands.parameters())
 
 
 def test_stochastic_depth_drops_whole_clips_and_keeps_the_mean():

@@ -159,7 +159,8 @@ def test_optimizer_decays_matrices_only_unless_told(capsys):
     (['--mask_block=1', '--mask_ratio=0.99', '--mask_adjust=0.5'], 'keep 0 at'),
     (['--mask_block=9'], 'mask_block = 9 does not fit the 8 x 8 grid'), (['--mask_block=8', '--mask_ratio=0.1',
                                                                           '--mask_adjust=0.2'], None),
-    (['--drop_path=0.1'], 'drop_path = 0.1 must be 0'), (['--n_mels=64'], 'n_mels = 64 must be 128')])
+    (['--drop_path=0.1'], 'drop_path = 0.1 must be 0'), (['--n_mels=64'], 'n_mels = 64 must be 128'),
+    (['--pooling=bands'], 'pooling = bands must be cls or mean')])
 def test_masks_need_a_block_and_a_patch(argv, why):
     given = settings(*TINY, '--frames=128', *argv)
     if why is None:
