@@ -24,7 +24,7 @@ def task(tmp_path, monkeypatch):
     (tmp_path / 'tiny.py').write_text(
         ''.join(f'{name} = {value if value[0].isdigit() else repr(value)}\n' for name, value in words)
         + "pooling = 'mean'\n")
-    monkeypatch.setattr(results, 'TASKS', {'noises': ([str(tmp_path / 'tiny.py')], 3, {'*': (1, 2)})})
+    monkeypatch.setattr(results, 'TASKS', {'noises': ([str(tmp_path / 'tiny.py')], 3, (1, 2))})
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def rows_of(path):
 
 
 def test_every_arm_is_tuned_run_and_found_again(pretrained, data_dir, tmp_path, task):          # noqa: F811
-    results.TASKS['noises'] = (*results.TASKS['noises'][:2], {})
+    results.TASKS['noises'] = (*results.TASKS['noises'][:2], (1,))
     base = [f'--ckpt={pretrained}', f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out', '--jobs=2',
             '--seeds=2', f'--json_file={tmp_path}/results/tiny.json']
     first = call(results.run, *base)
@@ -124,7 +124,7 @@ def test_validation_chooses_and_the_file_says_what_was_run(pretrained, data_dir,
 def test_probes_are_told_what_the_task_says(tmp_path, monkeypatch):
     """Set, fold, labels and seed of the fine-tuning reach the probes."""
     (tmp_path / 'tiny.py').write_text("dataset = 'digits'\nfold = 'theo'\nlabels_per_class = 7\n")
-    monkeypatch.setattr(results, 'TASKS', {'digits': ([str(tmp_path / 'tiny.py'), '--frames=96'], 3, {})})
+    monkeypatch.setattr(results, 'TASKS', {'digits': ([str(tmp_path / 'tiny.py'), '--frames=96'], 3, (1,))})
     commands = []
     monkeypatch.setattr(results.evaluation, 'run', lambda command: commands.append(command) or {
         'CLS': {'kNN': {'accuracy': 0.5, 'right': len(commands), 'clips': 2}}})

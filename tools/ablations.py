@@ -44,9 +44,8 @@ TABLES = {                              # name: (title, {row: further arguments}
     'utterance': ('Utterance loss: its scale and target', {
         '1, normed': [], '192, normed': ['--utterance_scale=192'], '1, raw': ['--utterance_target=raw']}),
     'students': ('Students of a clip, at equal clips and at equal time', {
-        '8': [], '1': ['--n_students=1'], '4': ['--n_students=4'], '16': ['--n_students=16'],
-        '1, time of 8': ['--n_students=1', 'time'], '4, time of 8': ['--n_students=4', 'time'],
-        '16, time of 8': ['--n_students=16', 'time']}),
+        '4': [], '1': ['--n_students=1'], '16': ['--n_students=16'],
+        '1, time of 4': ['--n_students=1', 'time'], '16, time of 4': ['--n_students=16', 'time']}),
     'input': ('Window, positions, LayerNorm of the heads', {
         'hamming, 2d, per head': [], 'hanning': ['--window=hanning'], '1d': ['--pos_embed=1d'],
         'all heads': ['--head_norm=all'], 'no norm': ['--head_norm=none']}),

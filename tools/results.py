@@ -44,21 +44,21 @@ json_file = 'results/real.json'         # what came out: commands, commit, devic
 show = False                            # run nothing, print the table of json_file
 
 TASKS = {                               # name: (finetune.py arguments, updates, multiples of them to choose from)
-    'FSDD, 10 labels per class': (['config/finetune_fsdd.py', '--labels_per_class=10'], 300, {'*': (1, 3)}),
-    'FSDD, unheard speaker': (['config/finetune_fsdd.py', '--fold=theo'], 600, {'*': (1, 3)}),
-    'wakewords, 10 labels per class': (['config/finetune_wakewords.py'], 200, {'*': (1, 2)}),
-    'ESC-10, fold 5': (['config/finetune_esc10.py'], 200, {}),
-    'demo, 10 labels per class': (['config/finetune_demo.py'], 200, {'*': (1, 2)}),
+    'FSDD, 10 labels per class': (['config/finetune_fsdd.py', '--labels_per_class=10'], 300, (1, 2)),
+    'FSDD, unheard speaker': (['config/finetune_fsdd.py', '--fold=theo'], 600, (1,)),
+    'wakewords, 10 labels per class': (['config/finetune_wakewords.py'], 200, (1,)),
+    'ESC-10, fold 5': (['config/finetune_esc10.py'], 200, (1,)),
+    'demo, 10 labels per class': (['config/finetune_demo.py'], 200, (1,)),
 }
 LABELS = {
     f'{title}, {number or "all"}':
-        ([f'config/finetune_{name}.py', f'--labels_per_class={number}'], updates, {'*': (1, 3)})
+        ([f'config/finetune_{name}.py', f'--labels_per_class={number}'], updates, (1,))
     for title, name, updates in (('FSDD', 'fsdd', 300), ('wakewords', 'wakewords', 200))
     for number in (1, 5, 10, 50, 0)}
 ONE_AT_A_TIME = threading.Lock()         # Python's parser of Python (ast) fails now and then in several threads
 ARMS = {                                # arm: (further arguments, choices of learning rate and pooling)
-    'pretrained': ([], ((1e-3, 'mean'), (5e-4, 'mean'))),
-    'scratch': (['--init=scratch'], ((1e-3, 'cls'), (1e-3, 'mean'))),
+    'pretrained': ([], ((1e-3, 'bands'), (5e-4, 'bands'))),
+    'scratch': (['--init=scratch'], ((1e-3, 'bands'), (5e-4, 'bands'))),
 }
 
 
@@ -122,8 +122,7 @@ def log_of(folder):
 
 def tuned(settings, task, arm, pool):
     """[test scores of each seed] with the choice, then the length, that validation prefers for the first seed."""
-    choices, lengths = ARMS[arm][1], (TASKS | LABELS)[task][2]
-    multiples = lengths.get(arm, lengths.get('*', (1,)))
+    choices, multiples = ARMS[arm][1], (TASKS | LABELS)[task][2]
     first = dict(zip(choices, pool.map(lambda choice: finetune(settings, task, arm, choice, 1, 1), choices)))
     choice = max(choices, key=lambda choice: first[choice][0])
     runs = {multiple: first[choice] if multiple == 1 else finetune(settings, task, arm, choice, multiple, 1)
