@@ -2,7 +2,8 @@
 
     PYTHONPATH=. hear-validator tools.hear_asda --model out/demo/ckpt.pt
 
-https://hearbenchmark.com/hear-api.html; scene embeddings are pooled by 'bands', time-stamped ones are 160 ms apart.
+https://hearbenchmark.com/hear-api.html; scene embeddings are pooled by 'bands', time-stamped ones are a
+patch apart, 160 ms as a rule.
 """
 import torch
 
