@@ -23,7 +23,7 @@ from engine import run as running
 from engine.errors import ROOT, ConfigError, RunError
 from fast import forms
 from model import ASDA, ASDAConfig, count_parameters, n_kept
-from scoring.monitor import labelled_clips, watch, what_next
+from scoring.monitor import conclude, labelled_clips, watch
 
 out_dir = 'out/pretrain'        # checkpoints and log.jsonl go here
 resume = False                  # go on with the run in out_dir
@@ -245,7 +245,7 @@ def train(settings):
             model.update_teacher(ema_decay_at(step, settings))              # and the teacher follows: their EMA
             if run.finish(step, measures, evaluate):                        # log, monitor, save, each when it is due
                 return
-    process.print(f'done: {settings.out_dir}/ckpt.pt\n{what_next(settings)}')
+    process.once(lambda: conclude(settings))
 
 
 def spectrum_of(clips, config, settings):

@@ -28,7 +28,7 @@ def clear_out_dir(out_dir):
     """Remove the run that --overwrite replaces, so that none of its checkpoints can be taken for the new run's."""
     if os.path.isdir(out_dir):
         for file in os.listdir(out_dir):
-            if re.fullmatch(r'(ckpt(\.\d+)?|best)\.pt|log\.jsonl|events\.out\.tfevents\..*', file):
+            if re.fullmatch(r'(ckpt(\.\d+)?|best)\.pt|log\.jsonl|learned\.png|events\.out\.tfevents\..*', file):
                 os.remove(os.path.join(out_dir, file))
 
 

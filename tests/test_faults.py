@@ -542,7 +542,7 @@ def test_names_that_the_terminal_cannot_show(encoding, data_dir, tmp_path):
     result = script('pretrain.py', *RUN, '--max_steps=3', f'--data_dir={tmp_path}/data', f'--dataset={name}',
                     f'--eval_dataset={name}', f'--out_dir={tmp_path}/{name}', PYTHONIOENCODING=encoding)
     shown = name.encode(encoding, 'backslashreplace').decode(encoding) if encoding == 'utf-8' else r'\u72ac\udcff'
-    assert result.returncode == 0 and f'done: {tmp_path}/{shown}/ckpt.pt' in result.stdout, result.stderr
+    assert result.returncode == 0 and f'done:    {tmp_path}/{shown}/ckpt.pt' in result.stdout, result.stderr
     assert f'{shown}, step 0: kNN ' in result.stdout and 'Traceback' not in result.stderr
     again = script('pretrain.py', *RUN, f'--data_dir={tmp_path}/data', f'--dataset={name}',
                    f'--out_dir={tmp_path}/{name}', PYTHONIOENCODING=encoding)

@@ -2,14 +2,17 @@
 import json
 import math
 import os
+import re
 
 import numpy as np
 import pytest
 import torch
 
+import pretrain
+from scoring import monitor
 from tools import viz
 
-from .conftest import call, is_one_line_error, write_wav
+from .conftest import TINY, call, is_one_line_error, write_wav
 from .test_finetune import pretrained  # noqa: F401  (a fixture)
 
 pytest.importorskip('matplotlib')
@@ -53,11 +56,48 @@ def test_every_picture_is_drawn(pretrained, data_dir, tmp_path, sound):         
                              ('maps', [f'--wav={sound}', '--layer=2'], 'block 2, the framed patch'),
                              ('lambda', ['--dataset=demo'], 'block 2: '), ('targets', ['--dataset=demo'], '6 clips'),
                              ('curves', [f'--logs={log}'], 'explained, loss'),
-                             ('embeddings', ['--dataset=demo'], '10 classes')):
+                             ('embeddings', ['--dataset=demo'], '10 classes'),
+                             ('learned', ['--dataset=demo'], "9 neighbours of 3 held-out demo clips")):
         picture = tmp_path / f'{what}.png'
         result = call(viz.run, what, *base, *argv, f'--out={picture}')
         assert result.code == 0 and word in result.out, (what, result)
         assert picture.read_bytes().startswith(b'\x89PNG')
+
+
+def test_neighbours_of_a_run_are_signed_by_their_class(data_dir, tmp_path, monkeypatch):
+    """The last lines of a run name the picture; its titles, over features that are the class and a little noise, and
+    over features whose nearest are of another class."""
+    out = f'{tmp_path}/out'
+    result = call(pretrain.run, *TINY, '--batch_size=4', '--max_steps=2', '--warmup_steps=1', '--dataset=demo',
+                  '--eval_dataset=demo', f'--data_dir={data_dir}', f'--out_dir={out}')
+    assert result.code == 0 and f'\n{out}/learned.png\nnext:    python eval.py' in result.out, result.err
+    assert re.search(r"\npicture: of 9 neighbours of 3 held-out demo clips \d are of their clip's class\n", result.out)
+    settings = viz.configurator.configure(viz.__file__, [f'--ckpt={out}/ckpt.pt', f'--data_dir={data_dir}'])
+    for turned, sign in ((0, '\u2714'), (1, '\u2717')):
+        seen = []
+
+        def classes(encoder, clips, *_, seen=seen, turned=turned):          # of the training part, then of the asked
+            seen.append(clips)
+            label = clips.label + turned * (len(seen) - 1)
+            return (np.eye(10)[label % 10] + 0.01 * np.random.default_rng(0).standard_normal((len(clips), 10))
+                    ).astype(np.float32)
+        monkeypatch.setattr(viz, 'features', classes)
+        figure, said = viz.draw_learned(settings, viz.pyplot())
+        course, grid = figure.subfigs
+        titles = [axis.get_title() for axis in grid.axes]
+        asked = [title.removeprefix('held out: ') for title in titles[::4]]
+        assert asked == [seen[1].classes[label] for label in seen[1].label] and len(set(asked)) == 3
+        assert all(title.startswith(f'{sign} ') for i, title in enumerate(titles) if i % 4), titles
+        assert f'3 held-out demo clips {0 if turned else 9} are' in said
+        probe = course.axes[2]
+        assert [line.get_linestyle() for line in probe.lines] == ['-', '--', ':']
+        scores = monitor.history(out, 'demo')[0]
+        assert list(probe.lines[0].get_ydata()) == pytest.approx([100 * scores['probe'][step] for step in (0, 2)])
+        assert set(probe.lines[2].get_ydata()) == {100 * scores['demo_log_mel_probe'][0]}
+
+
+def test_a_run_without_a_labelled_set_has_nothing_to_compare_with(pretrained, data_dir):          # noqa: F811
+    assert is_one_line_error(call(viz.run, 'learned', f'--ckpt={pretrained}', f'--data_dir={data_dir}'), '--dataset')
 
 
 def test_the_students_of_the_picture_see_what_its_title_says(pretrained, sound):          # noqa: F811

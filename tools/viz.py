@@ -7,6 +7,7 @@
     python -m tools.viz curves out/real out/b                                # training curves; where two runs part
     python -m tools.viz curves out/demo --reference=results/logs/demo.jsonl  # a run over one to compare with
     python -m tools.viz embeddings --ckpt=out/real/ckpt.pt --dataset=fsdd    # a labelled set in two dimensions
+    python -m tools.viz learned --ckpt=out/demo/ckpt.pt                      # a run's curves, and nearest neighbours
 
 Settings are the names below. Colours: viridis, cividis and PuOr, which colour-blind readers tell apart.
 """
@@ -28,12 +29,13 @@ from engine.errors import CheckpointError, ConfigError, DataError
 from engine.files import replacing
 from model import ASDA, ASDAConfig
 from scoring.features import features
+from scoring.monitor import history, labelled_clips
 from scoring.probes import standardised
 from tools.reference import log_of, read_log, where_they_part, with_paths
 
 ckpt = ''               # the checkpoint
 wav = ''                # masks, maps: the sound, of which the first frames count
-dataset = ''            # lambda, targets, embeddings: a prepared set
+dataset = ''            # lambda, targets, embeddings: a prepared set; learned: '' for the run's own eval_dataset
 data_dir = 'data'       # where prepared sets are
 fold = ''               # embeddings: show this fold; '': the test split
 logs = ''               # curves: log.jsonl files or their folders, separated by commas; may stand without its name
@@ -46,6 +48,7 @@ clips = 64              # lambda, targets: clips to average over; embeddings: at
 seed = 1                # which masks, which clips
 
 NARROW, WIDE = 7.0, 10.0        # inches; at 100 dots an inch both are readable at the width of a README
+MAX_SHOWN = 1000                # frames of a clip beside others
 QUIET = 0.25                    # the share of patches with least energy that counts as low-energy
 
 
@@ -348,8 +351,78 @@ def draw_embeddings(settings, plt):
     return figure, f'{len(test)} clips, {len(test.classes)} classes, {how}'
 
 
+def draw_learned(settings, plt):
+    """What a run has learned: its curves over what it began with and log-mel statistics, and for held-out clips of
+    three classes, drawn by the seed, the training clips whose standardised frozen features have the largest cosine."""
+    loaded = open_checkpoint(settings.ckpt)
+    name, on_gpu = settings.dataset or loaded.settings.get('eval_dataset', ''), torch.cuda.is_available()
+    process = processes.Process(0, 1, torch.device(                         # one of several processes may call this
+        'cuda' if loaded.settings.get('device') == 'cuda' and on_gpu else 'cpu'))
+    labelled = labelled_clips(name, settings.data_dir, loaded.settings.get('seed', 1), process)
+    if not labelled:
+        raise ConfigError(f'{settings.ckpt} had no labelled set to compare with: name one with --dataset=NAME')
+    train, valid = labelled
+    mean, std = train.statistics(loaded.spectrum['window'])
+    spectrum, autocast = {**loaded.spectrum, 'mean': mean, 'std': std}, processes.autocast(
+        process, 'auto', loaded.config.n_embd)[0]
+    order = np.random.default_rng(settings.seed).permutation(len(valid))
+    asked = valid.select(order[np.sort(np.unique(valid.label[order], return_index=True)[1])[:3]])
+    encoder = loaded.encoder.to(process.device).eval()
+    known, found = (torch.nn.functional.normalize(torch.from_numpy(x), dim=1) for x in standardised(*(
+        features(encoder, part, spectrum, process, autocast) for part in (train, asked))))
+    similarity, nearest = (found @ known.T).topk(min(3, len(train)), dim=1)     # (asked, 3)
+
+    figure = plt.figure(figsize=(WIDE, 4.6), layout='constrained')
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 2.6))
+    draw_course(left, os.path.dirname(settings.ckpt), name, plt)
+    axes = right.subplots(len(asked), 1 + nearest.shape[1], squeeze=False)
+    for row, line in enumerate(axes):
+        line[0].spines[:].set_linewidth(2.5)
+        show_clip(line[0], asked, row, spectrum, f'held out: {asked.classes[asked.label[row]]}')
+        for axis, i, cosine in zip(line[1:], nearest[row].tolist(), similarity[row].tolist()):
+            sign = '\N{HEAVY CHECK MARK}' if train.label[i] == asked.label[row] else '\N{BALLOT X}'
+            show_clip(axis, train, i, spectrum, f'{sign} {train.classes[train.label[i]]}  {cosine:.2f}')
+    right.suptitle('held-out clips and the training clips nearest to them (cosine of frozen features)', fontsize=9)
+    same = int((train.label[nearest.numpy()] == asked.label[:, None]).sum())
+    return figure, (f'picture: of {nearest.numel()} neighbours of {len(asked)} held-out {name} clips {same} are of '
+                    "their clip's class")
+
+
+def draw_course(figure, out_dir, name, plt):
+    """Loss, content and scores of a run against updates, one below another."""
+    measured, began = history(out_dir, name)
+    panels = [panel for panel in (('loss', 'loss'), ('content', 'content, % beyond the place'),
+                                  ('probe', 'linear probe, %'), ('knn', '10 nearest neighbours, %'))
+              if panel[0] in measured]
+    if not panels:
+        raise DataError(f'{out_dir}/log.jsonl is not the log of a run: it has no steps')
+    for axis, (measure, title) in zip(figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0], panels):
+        scale = 1 if measure == 'loss' else 100
+        steps, values = zip(*sorted(measured[measure].items()))
+        axis.plot(steps, scale * np.array(values), 'o-' if len(values) < 20 else '-', color=plt.cm.viridis(0.25), ms=3)
+        axis.set_title(title, loc='left')
+        for rival, style, values in ((began, '--', measured[measure]), (
+                'log-mel statistics', ':', measured.get(f'{name}_log_mel_{measure}', {}))):
+            if 0 in values and measure != 'loss':
+                axis.axhline(scale * values[0], ls=style, color='0.3', lw=1.2, label=rival)
+        if measure == 'content':
+            axis.set_ylim(bottom=max(axis.get_ylim()[0], -25))              # it begins far below, which says nothing
+        axis.spines[['top', 'right']].set_visible(False)
+    axis.set_xlabel('updates')
+    figure.legend(*axis.get_legend_handles_labels(), loc='outside lower center', frameon=False, fontsize=7, ncols=2)
+
+
+def show_clip(axis, clips, i, spectrum, title):
+    """The log-mel of one clip, its first ten seconds at most, in colour from its median up: background is flat."""
+    pcm = clips.select([i]).read(0, count=samples_for(MAX_SHOWN))
+    spec = data.log_mel(torch.from_numpy(pcm.copy())[None], torch.tensor([len(pcm)]),
+                        **{**spectrum, 'frames': frames_in(len(pcm)), 'repeat': False})
+    show(axis, spec[0], cmap='viridis', vmin=float(spec.median()))
+    axis.set_title(title)
+
+
 PICTURES = {'masks': draw_masks, 'maps': draw_maps, 'lambda': draw_lambda, 'targets': draw_targets,
-            'curves': draw_curves, 'embeddings': draw_embeddings}
+            'curves': draw_curves, 'embeddings': draw_embeddings, 'learned': draw_learned}
 
 
 def run(argv):
