@@ -23,9 +23,9 @@ from engine.errors import ROOT, ConfigError, RunError
 from engine.files import replacing
 from scoring.outputs import check_output
 
-config = 'config/real.py'               # what all runs share ...
-max_steps = 600                         # ... but for their length,
-warmup_steps = 60                       # warm-up
+config = 'config/ablation.py'           # what all runs share ...
+max_steps = 300                         # ... but for their length,
+warmup_steps = 30                       # warm-up
 eval_dataset = 'wakewords'              # and the labels that they are looked at with
 out_dir = 'out/ablations'               # one folder per run goes here
 data_dir = 'data'                       # prepared sets
