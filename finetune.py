@@ -29,7 +29,7 @@ from engine import run as running
 from engine.errors import ROOT, ConfigError
 from fast import forms
 from model import ASDAConfig, Classifier, count_parameters
-from scoring.judge import Judge, main_score
+from scoring.judge import Judge, begin_as_probe, main_score
 
 out_dir = 'out/finetune'        # checkpoints and log.jsonl go here
 resume = False                  # go on with the run in out_dir
@@ -39,6 +39,7 @@ init = 'checkpoint'             # checkpoint, or scratch: random weights
 dataset = 'demo'                # a prepared labelled set
 test_dataset = ''               # another prepared set with the same classes to test on; '': dataset's own test split
 data_dir = 'data'               # where it is
+head = 'random'                 # begin with random weights of the head, or with those of a linear probe: probe
 fold = ''                       # test on this fold; all: on each in turn; '': on the test split
 labels_per_class = 0            # train on so many clips of each class; 0: all
 validation_part = 0.1           # share of the training split that chooses the best checkpoint; 0: none, the last counts
@@ -90,7 +91,7 @@ HEAD_CHOICES = ('cls_position', 'pooling')      # fields of ASDAConfig that fine
 def check(settings, world):
     """Raise ConfigError for settings that cannot work."""
     running.check(settings, world, ranges.FINETUNE, parts=2, init=('checkpoint', 'scratch'),
-                  loss=('auto', 'cross_entropy', 'bce'))
+                  loss=('auto', 'cross_entropy', 'bce'), head=('random', 'probe'))
     if settings.init == 'checkpoint' and not settings.ckpt and not settings.resume:
         raise ConfigError('name a pre-trained checkpoint, --ckpt=PATH, or start from random weights, --init=scratch')
     if settings.min_lr > settings.lr:
@@ -236,6 +237,8 @@ def train(settings, process, stop=None):
         optimizer = make_optimizer(model, settings, process)
         run.kept = {'classes': clips.classes, 'multi_label': clips.multi_label, 'best': -math.inf}
         run.load(model, optimizer, spectrum, clips.fingerprint())
+        if settings.head == 'probe' and not run.resuming:
+            begin_as_probe(model, clips, spectrum, process, autocast, settings.workers)
         network = run.network()
 
         places = data.mirrored_places(settings.batch_size, process.rank, process.world)

@@ -6,6 +6,7 @@ how much time it takes and what to expect.
 warmup_steps = 20
 lr = 1e-3
 layer_decay = 1.0               # few layers
+head = 'probe'                  # begin where a linear probe of the features ends
 pooling = 'bands'               # few labels: 83 % on spoken digits where mean has 68 (docs/results.md)
 label_smoothing = 0.1
 eval_interval = 100

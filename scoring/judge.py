@@ -1,12 +1,17 @@
-"""The checkpoint that the validation part chooses, and what the test split says of it and of the last one."""
+"""A classifier's head that begins as a linear probe; the checkpoint that the validation part chooses, and what the test
+split says of it and of the last one."""
 import math
 import os
 
 import numpy as np
+import torch
 
 from engine import processes, saving
-from scoring.features import predict
+from scoring.features import over_clips, predict
 from scoring.metrics import describe, metrics
+from scoring.probes import fit_logistic, standardised
+
+PROBE_L2 = 0.1                  # of the head that begins as a probe
 
 
 class Judge:
@@ -50,6 +55,26 @@ class Judge:
         for name, scores in results.items():
             process.print(f'test, {name} checkpoint ({paths[name]}): {describe(scores)}')
         return results
+
+
+def begin_as_probe(classifier, clips, spectrum, process, autocast, workers=0):
+    """Give the head the weights of a linear probe of what it sees of the training clips: fine-tuning begins where
+    probing ends (Kumar et al., "Fine-Tuning can Distort Pretrained Features", ICLR 2022)."""
+    seen = []
+    hook = classifier.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    try:
+        classifier.eval()
+        _, x = over_clips(lambda spec, *_: (classifier(spec), seen.pop()), clips, spectrum, process,
+                          autocast, workers=workers, title='probe')
+    finally:
+        hook.remove()
+    targets = torch.from_numpy(clips.targets(np.arange(len(clips))))
+    start = torch.zeros(x.shape[1] + 1, targets.shape[1], dtype=torch.float64)
+    weight = fit_logistic(torch.from_numpy(*standardised(x)), targets, PROBE_L2, clips.multi_label, start)
+    scaled = weight[1:] / torch.from_numpy(x.std(axis=0) + 1e-6)[:, None]           # for what is not standardised
+    with torch.no_grad():
+        classifier.head.weight.copy_(scaled.T)
+        classifier.head.bias.copy_(weight[0] - torch.from_numpy(x.mean(axis=0)).double() @ scaled)
 
 
 def main_score(scores):

@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
 
+import data
 import eval as evaluation
 import finetune
 import pretrain
+from audio import samples_for
 from audio.clips import open_clips
 from configurator import configure
 from data import FinetuneBatches
@@ -358,3 +361,37 @@ def test_refusals_at_the_start(data_dir, pretrained, tmp_path, monkeypatch, argv
     result = call(finetune.run, *RUN, f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out', *argv)
     assert is_one_line_error(result, *words)
     assert not os.path.exists(tmp_path / 'out')
+
+
+@pytest.mark.parametrize('pooling', ['cls', 'bands'])
+def test_a_head_can_begin_as_a_linear_probe(pretrained, data_dir, tmp_path, pooling):
+    """Reference: scikit-learn's logistic regression on what stands before the head, in numpy."""
+    result = call(finetune.run, *RUN, f'--pooling={pooling}', '--head=probe', '--lr=0', '--min_lr=0', '--repeat',
+                  f'--ckpt={pretrained}', f'--data_dir={data_dir}', f'--out_dir={tmp_path}')
+    assert result.code == 0, result.err
+    loaded = evaluation.open_checkpoint(str(tmp_path / 'ckpt.pt'))
+    model, train = loaded.classifier.eval(), finetune.task_splits('noises', data_dir, '', 0, 1, 0.3, '')[0]
+    batch = [torch.from_numpy(np.stack(rows)) for rows in zip(*(
+        (np.resize(train.read(i), samples_for(loaded.config.frames)), samples_for(loaded.config.frames))
+        for i in range(len(train))))]
+    with torch.no_grad():
+        x = model.encoder(data.log_mel(*batch, **loaded.spectrum))[:, 1:].unflatten(1, (-1, 8)).flatten(2).numpy()
+        if pooling == 'cls':
+            x = model.encoder(data.log_mel(*batch, **loaded.spectrum))[:, 0].numpy()
+        else:
+            x = np.concatenate([x.mean(axis=1), np.sqrt(x.var(axis=1) + 1e-6)], axis=1)
+        seen = model.head_norm(torch.from_numpy(x))
+        logits = model.head(seen)
+    standard = (seen.numpy() - seen.numpy().mean(axis=0)) / (seen.numpy().std(axis=0) + 1e-6)
+    two_vectors = 2                         # of opposite sign, for two classes, each with half of what one would have
+    probe = LogisticRegression(C=two_vectors / (0.1 * len(train)), tol=1e-8, max_iter=5000).fit(standard, train.label)
+    np.testing.assert_allclose(logits.softmax(dim=1), probe.predict_proba(standard), atol=2e-3)
+
+
+def test_a_run_that_goes_on_keeps_its_head(pretrained, data_dir, tmp_path):
+    base = [*RUN, '--head=probe', f'--ckpt={pretrained}', f'--data_dir={data_dir}', f'--out_dir={tmp_path}']
+    assert call(finetune.run, *base).code == 0
+    whole = weights_of(tmp_path)['model']
+    os.replace(tmp_path / 'ckpt.1.pt', tmp_path / 'ckpt.pt')                # as it was after three updates
+    assert call(finetune.run, *base, '--resume').code == 0
+    assert same_state(weights_of(tmp_path)['model'], whole)
