@@ -44,8 +44,8 @@ json_file = 'results/real.json'         # what came out: commands, commit, devic
 show = False                            # run nothing, print the table of json_file
 
 TASKS = {                               # name: (finetune.py arguments, updates, multiples of them to choose from)
-    'FSDD, 10 labels per class': (['config/finetune_fsdd.py', '--labels_per_class=10'], 300, (1, 2)),
-    'FSDD, unheard speaker': (['config/finetune_fsdd.py', '--fold=theo'], 600, (1,)),
+    'FSDD, 10 labels per class': (['config/finetune_fsdd.py', '--labels_per_class=10'], 300, (1,)),
+    'FSDD, unheard speaker': (['config/finetune_fsdd.py', '--fold=theo'], 300, (1,)),
     'wakewords, 10 labels per class': (['config/finetune_wakewords.py'], 200, (1,)),
     'ESC-10, fold 5': (['config/finetune_esc10.py'], 200, (1,)),
     'demo, 10 labels per class': (['config/finetune_demo.py'], 200, (1,)),
