@@ -195,9 +195,9 @@ def measure_with_data(bench):
     as in training, each after the batches that the loader had ready, which say nothing of its speed."""
     settings, ready, seconds = bench.settings, 4 * bench.settings.workers + 2, {'without_data': 0, 'with_data': 0}
     with tempfile.TemporaryDirectory() as folder:
-        clips, step = packed_clips(bench, folder), training_step(bench)
-        sources = {'without_data': spectrograms(dataclasses.replace(bench, settings=settings.but(dataset=''))),
-                   'with_data': spectrograms(bench, clips)}
+        clips, still = packed_clips(bench, folder), dataclasses.replace(bench, settings=settings.but(dataset=''))
+        step, sources = training_step(still), {'without_data': spectrograms(still),
+                                               'with_data': spectrograms(bench, clips)}
         for name in [*sources] * 2:
             for _ in range(max(ready, settings.warmup)):
                 step(sources[name])

@@ -175,7 +175,8 @@ def in_a_process(name, settings, limit):
 
 
 def work(sender, name, values):
-    """In the process."""
+    """In the process, which ends with the one that started it."""
+    processes.shield_worker()
     settings = configurator.Settings(**values)
     settings.given = set()
     try:
