@@ -559,9 +559,9 @@ def recall(text):
     return name
 
 
-def examine(name, shape, device, dtype, timed=True):
-    """Run a kernel, if timed in its fastest launch, and its plain expression. -> (error or None, plain ms, kernel ms);
-    an error is a line that says what is wrong with the kernel; without times they are 0."""
+def compare(name, shape, device, dtype, timed=True):
+    """Run a plain expression and its kernel, if timed in its fastest launch. -> for each of the two the errors of its
+    result and of every gradient against float32, relative to their norms; for each ms, 0 if not timed."""
     plain, kernel = EXPRESSIONS[name]
     data, parameters, others, grad = trial(name, shape, device)
     exact = results(plain, [x.requires_grad_() for x in data + parameters], others, grad, torch.float32)
@@ -575,10 +575,17 @@ def examine(name, shape, device, dtype, timed=True):
     found = {f: [((a - b).norm() / b.norm()).item() for a, b in zip(results(f, tensors, others, grad, dtype), exact)]
              for f in (plain, kernel)}
     del exact
-    for what, error, allowed in zip(('result', *(f'gradient {i}' for i in range(9))), found[kernel], found[plain]):
+    return [(found[f], milliseconds(f, tensors, others, grad, dtype) if timed else 0.0) for f in (plain, kernel)]
+
+
+def examine(name, shape, device, dtype, timed=True):
+    """-> (error or None, plain ms, kernel ms) of compare; an error is a line that says what is wrong with the kernel.
+    """
+    (plain, plain_ms), (kernel, kernel_ms) = compare(name, shape, device, dtype, timed)
+    for what, error, allowed in zip(('result', *(f'gradient {i}' for i in range(9))), kernel, plain):
         if not error <= max(TOLERANCE * allowed, 1e-5):                         # not <=: nan is wrong too
             return f'{what} is off by {error:.1e}, the plain expression by {allowed:.1e}', None, None
-    return None, *(milliseconds(f, tensors, others, grad, dtype) if timed else 0.0 for f in (plain, kernel))
+    return None, plain_ms, kernel_ms
 
 
 def choose(mode, shapes, device, dtype, timed=True):

@@ -2,6 +2,7 @@
    python -m pytest tests/test_bench.py"""
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from engine import processes
 from fast import forms
 from model import ASDA, ASDAConfig
 from tools import authors_arrangement as authors
-from tools import bench
+from tools import bench, everything, measuring
 
 from .conftest import ROOT, TINY, call, is_one_line_error
 
@@ -250,7 +251,64 @@ def test_the_step_is_that_of_pretraining(data_dir, tmp_path, monkeypatch):
             '--warmup_steps=1', '--ema_start=0.5', '--grad_clip=0.5']
     assert call(pretrain.run, *argv, f'--out_dir={tmp_path}/run').code == 0
     assert call(bench.run, *argv, '--what=step', '--steps=3', '--warmup=1').code == 0
-    assert len(losses) == 8 and losses[:4] == losses[4:]
+    assert len(losses) == 4 + 2 + 4 and losses[:4] == losses[4:8]           # two before those that warm up
+
+
+def test_everything_at_once_in_miniature(data_dir, tmp_path, monkeypatch):
+    """Every part has finite figures or a reason, and every figure a row in its table."""
+    monkeypatch.setattr(processes, 'can_compile', lambda process: False)    # half a minute a part
+    result = call(bench.run, *SHORT, '--everything', '--budget=1e4', '--pretraining_seconds=2',
+                  f'--data_dir={data_dir}', f'--json={tmp_path}/figures.json', f'--tables={tmp_path}/tables.md')
+    assert result.code == 0, result.err
+    written, tables = json.loads((tmp_path / 'figures.json').read_text()), (tmp_path / 'tables.md').read_text()
+    parts = [f'{table}: {column}' for table, column, *_ in everything.parts(bench.configure(SHORT))]
+    figures, reasons = written['figures'], written['not_measured']
+    assert len(set(parts)) == len(parts) and sorted([*figures, *reasons]) == sorted(parts)
+    assert {part.partition(':')[0] for part in figures} == {part.partition(':')[0] for part in parts} - {
+        'Kernels', 'The largest batch'}                                     # what needs a GPU
+    assert all(reason.startswith('not on this device (') for reason in reasons.values()), reasons
+    content = figures['A short pre-training: measured'].pop('content')      # negative at the start
+    assert content < 1 and finite_and_positive(figures) and written['seconds'].keys() == figures.keys()
+    for part, values in figures.items():
+        table = tables.split(f'### {part.partition(":")[0]}\n')[1].split('###')[0]
+        for name, value in values.items():
+            row = next(row for row in table.splitlines() if row.startswith(f'| {name.replace("_", " ")}'))
+            assert measuring.shown(value) in row.strip('| ').split(' | ')
+        assert '| measuring it, s |' in table
+    assert all(f'* {part}: {reason}.' in tables for part, reason in reasons.items())
+
+
+def dies(sender, *_):
+    os._exit(7)
+
+
+def test_a_part_that_fails_loses_no_other(tmp_path, monkeypatch):
+    """An error, a process that dies, a budget that ends; what comes after is measured, or named as left out."""
+    arguments = [*SHORT, '--everything', f'--json={tmp_path}/figures.json']
+    monkeypatch.setattr(processes, 'can_compile', lambda process: False)
+    monkeypatch.setattr(everything, 'parts', lambda settings: [
+        ('First', 'measured', 'no such function', {}), ('Masks', 'measured', 'masks', {}),
+        ('A short pre-training', 'measured', 'pretraining', {})])
+    result = call(bench.run, *arguments, '--budget=1000', '--pretraining_seconds=1000')
+    written = json.loads((tmp_path / 'figures.json').read_text())
+    assert result.code == 0 and list(written['figures']) == ['Masks: measured'] and '### Masks' in result.out
+    assert written['not_measured']['First: measured'].startswith('failed: KeyError')
+    assert 'left out: ' in written['not_measured']['A short pre-training: measured']
+    settings = bench.configure(SHORT)
+    assert everything.in_a_process('masks', settings, 0.0) == 'stopped after 0 s: the budget was used up'
+    monkeypatch.setattr(everything, 'work', dies)
+    assert everything.in_a_process('masks', settings, 1000) == 'its process ended with exit code 7'
+
+
+def test_what_ends_the_budget_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, 'can_compile', lambda process: False)
+    clock = itertools.count(0, 100)
+    monkeypatch.setattr(everything.time, 'perf_counter', lambda: next(clock))
+    monkeypatch.setattr(everything, 'in_a_process', lambda name, settings, limit: {'limit': limit})
+    result = call(bench.run, *SHORT, '--everything', '--budget=350', f'--json={tmp_path}/figures.json')
+    written = json.loads((tmp_path / 'figures.json').read_text())
+    assert result.code == 0 and [values['limit'] for values in written['figures'].values()] == [150]    # the second
+    assert 'left out: 0 s of the budget of 350 s were left' in result.out
 
 
 def test_a_profile_is_a_trace(tmp_path):

@@ -5,6 +5,7 @@
     python -m tools.bench config/as2m.py --batch_size=12 --dataset=as2m               # on real clips
     python -m tools.bench config/as2m.py --batch_size=12 --baseline                   # beside the authors' arrangement
     python -m tools.bench config/demo.py --what= --profile=trace.json                 # for chrome://tracing or perfetto
+    python -m tools.bench --everything --json=figures.json --tables=tables.md         # all of it: tools/everything.py
 
 Settings are the names below, those of pretrain.py and the fields of model.ASDAConfig, so that its config files serve as
 they are. Clips are synthetic unless --dataset names prepared sets: the sets of a config file are not read. Every time
@@ -12,16 +13,14 @@ is the median of several calls, each waited for, after some that warm up; what i
 other processes keep cores busy (the `load` in the table), threads wait for each other: give --threads=1.
 """
 import dataclasses
+import functools
 import itertools
 import os
-import platform
 import re
-import resource
 import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from json import dump
 
 import numpy as np
@@ -34,8 +33,7 @@ import data
 import finetune
 import prepare
 import pretrain
-from audio import N_MELS, SAMPLE_RATE, WINDOWS, samples_for
-from audio.clips import FORMAT_VERSION, open_clips
+from audio import N_MELS, SAMPLE_RATE, samples_for
 from engine import processes, randomness
 from engine.errors import ROOT, ConfigError, RunError
 from engine.files import replacing
@@ -43,128 +41,42 @@ from engine.machine import cores
 from engine.run import ahead as read_ahead
 from fast import forms
 from fast.spectrogram import fbank
-from model import ASDA, ASDAConfig, Classifier
+from model import ASDA, Classifier
 from tools import authors_arrangement as authors
 from tools.describe import MODEL, flops
+from tools.measuring import (
+    CLASSES,
+    device_name,
+    make_bench,
+    median_seconds,
+    noise_pcm,
+    on_threads,
+    peak_flops,
+    peak_memory,
+    shown,
+    synchronise,
+    write_noise,
+)
 
-what = 'step,data,fbank,masks,growth,prepare,finetune_data'     # what to measure, separated by commas
+what = 'step,operators,with_data,data,fbank,masks,growth,prepare,finetune_data'    # what to measure, between commas
+everything = False              # measure all of it and more, each part in a process of its own, as tables in Markdown
+budget = 480                    # seconds for --everything; what no longer fits is named
+pretraining_seconds = 120       # of it, for a short pre-training
 baseline = False                # measure only the step beside the authors' arrangement (tools/authors_arrangement.py)
 steps = 10                      # timed calls of everything; their median counts
 warmup = 3                      # calls before them
 json = ''                       # write all figures to this file
+tables = ''                     # write the tables of --everything to this file instead of printing them
 profile = ''                    # write a trace of three steps to this file and print the longest operators
 
+MINIATURE = '--batch_size=4', '--steps=3', '--warmup=1', '--pretraining_seconds=10'
 CLIP_SECONDS = 10               # of synthetic clips, as AudioSet's
-CLASSES = 50                    # of synthetic labels, as ESC-50's
 TARGETS = {'mono_clips_per_second_per_core': 'at least 30', 'stereo_clips_per_second_per_core': 'at least 30',
-           'percent_of_step': 'at most 15'}
-
-# Dense peaks in TFLOP/s from the vendor's data sheets: words of the device's name, bfloat16 with float32 accumulation,
-# float32 without TF32. The first match counts; None: the device has none.
-PEAKS = ((('H200', 'NVL'), 836, 60), (('H200',), 989, 67), (('H100', 'PCIe'), 756, 51), (('H100', 'NVL'), 836, 60),
-         (('H100',), 989, 67), (('A100',), 312, 19.5), (('L40S',), 362, 91.6), (('L4',), 121, 30.3),
-         (('RTX', '4090'), 165, 82.6), (('RTX', '3090'), 71, 35.6), (('V100',), None, 15.7), (('T4',), None, 8.1))
-
-
-@dataclass
-class Bench:
-    """What every section is given."""
-    settings: configurator.Settings
-    config: ASDAConfig
-    process: processes.Process
-    autocast: object                # a context maker
-
-    def to_device(self, batch):
-        return {name: value if name == 'noise_seed' else value.to(self.process.device, non_blocking=True)
-                for name, value in batch.items()}
-
-
-def make_bench(settings, config, process):
-    """In the precision that the settings name, or in what 'auto' chooses."""
-    autocast, dtype = processes.autocast(process, settings.dtype, config.n_embd)
-    return Bench(settings.but(dtype=dtype), config, process, autocast)
-
-
-# ----------------------------------------------------------------------------------------------- counting and measuring
-
-def peak_flops(device_name, dtype):
-    """The device's dense peak in FLOP/s at that precision, None if it is not known."""
-    found = set(re.split(r'\W+', device_name))
-    if found & {'MIG', 'Laptop'}:                                           # a part of the device, a weaker one
-        return None
-    for words, bfloat16, float32 in PEAKS:
-        if found >= set(words):
-            tera = bfloat16 if dtype == 'bfloat16' else float32
-            return tera and tera * 1e12
-    return None
-
-
-def synchronise(process):
-    if process.device.type != 'cpu':
-        torch.accelerator.synchronize()
-
-
-def median_seconds(bench, title, **functions):
-    """{name: median seconds of a call}; the functions are called in turn, A B A B ..., so that whatever else the
-    machine does falls on all of them."""
-    times = {name: [] for name in functions}
-    rounds = bench.settings.warmup + bench.settings.steps
-    with tqdm(total=rounds * len(functions), desc=title, leave=False, delay=1) as bar:
-        for _ in range(rounds):
-            for name, function in functions.items():
-                synchronise(bench.process)
-                began = time.perf_counter()
-                function()
-                synchronise(bench.process)
-                times[name].append(time.perf_counter() - began)
-                bar.update()
-    return {name: statistics.median(seconds[bench.settings.warmup:]) for name, seconds in times.items()}
-
-
-def on_threads(number, function, *arguments):
-    """function(*arguments) to be called later, with that number of CPU threads."""
-    def call():
-        before = torch.get_num_threads()
-        torch.set_num_threads(number)
-        function(*arguments)
-        torch.set_num_threads(before)
-    return call
-
-
-def peak_memory(process):
-    """Bytes: most that PyTorch had allocated on a GPU at a time, or most that this process has ever held in RAM."""
-    if process.device.type == 'cuda':
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
-
-
-def device_name(process):
-    """The GPU's name, or the CPU's as Linux tells it."""
-    if process.device.type == 'cpu' and os.path.exists('/proc/cpuinfo'):
-        with open('/proc/cpuinfo', encoding='utf-8') as f:
-            named = re.search(r'^model name\s*: (.+)$', f.read(), re.M)
-        return named[1].strip() if named else platform.machine()
-    return processes.provenance(process)['device']
-
+           'percent_of_step': 'at most 15', 'with_data_over_without': 'at most 1.03',
+           'waiting_over_ideal': 'at most 1.03'}
+FED_CLIPS, FED_RATE = 48, 400   # a step that only waits: its clips, and how many of them a second
 
 # -------------------------------------------------------------------------------------------------------- clips to use
-
-def write_noise(folder, clips, samples):
-    """A prepared set of white noise as prepare.py would pack it, without decoding. -> Clips"""
-    rng = np.random.default_rng(0)
-    base, lengths = os.path.join(folder, 'noise', 'train-00000'), np.full(clips, samples, np.int64)
-    os.makedirs(os.path.dirname(base))
-    with open(base + '.pcm', 'wb') as f:
-        for _ in range(clips):
-            rng.integers(-3000, 3000, samples, dtype=np.int16).tofile(f)
-    np.savez(base + '.npz', offsets=np.cumsum(lengths) - lengths, lengths=lengths, keys=np.arange(clips).astype(str),
-             labels=np.arange(clips, dtype=np.int32) % CLASSES, folds=np.full(clips, -1, np.int16),
-             hashes=np.arange(clips, dtype=np.uint32), stats=np.zeros((clips, len(WINDOWS), 2)))
-    with open(os.path.join(folder, 'noise', 'meta.json'), 'w', encoding='utf-8') as f:
-        dump({'name': 'noise', 'version': FORMAT_VERSION, 'sample_rate': SAMPLE_RATE, 'folds': [],
-              'classes': [str(i) for i in range(CLASSES)], 'multi_label': False, 'splits': {'train': {}}}, f)
-    return open_clips(['noise'], folder)
-
 
 def pretrain_loader(bench, clips, items):
     settings = bench.settings
@@ -173,25 +85,26 @@ def pretrain_loader(bench, clips, items):
     return data.loader(batches, items, settings.workers, pin=bench.process.device.type == 'cuda')
 
 
-def noise_pcm(clips, samples):
-    """(clips, samples) int16 of white noise, and lengths (clips,)"""
-    pcm = torch.randint(-3000, 3000, (clips, samples), generator=torch.Generator().manual_seed(0), dtype=torch.int16)
-    return pcm, torch.full((clips,), samples)
+def packed_clips(bench, folder):
+    """Those of --dataset, or synthetic ones, put into the folder."""
+    if bench.settings.dataset:
+        return pretrain.training_clips(bench.settings, bench.process)
+    return write_noise(folder, 64, CLIP_SECONDS * SAMPLE_RATE)
 
 
-def spectrograms(bench):
-    """-> a function that gives a batch (B, frames, 128): the next of --dataset, through the loader and data.log_mel, or
-    the same random numbers every time"""
+def spectrograms(bench, clips=None):
+    """-> a function that gives a batch (B, frames, 128): the next of the clips or of --dataset, through the loader and
+    data.log_mel, or the same random numbers every time"""
     settings, config = bench.settings, bench.config
-    if not settings.dataset:
+    if clips is None and not settings.dataset:
         spec = torch.randn(settings.batch_size, config.frames, N_MELS, device=bench.process.device)
         return lambda: spec
-    clips = pretrain.training_clips(settings, bench.process)
-    mean, std = clips.statistics(settings.window)
-    batches = iter(pretrain_loader(bench, clips, range(sys.maxsize)))
+    clips = clips or pretrain.training_clips(settings, bench.process)
+    mean, std = clips.statistics(settings.window) if settings.dataset else (0.0, 0.5)
+    batches = read_ahead(pretrain_loader(bench, clips, range(sys.maxsize)), bench.process)
 
     def following():
-        batch = bench.to_device(next(batches))
+        batch = next(batches)
         return data.log_mel(batch['pcm'], batch['lengths'], config.frames, settings.window, mean, std)
     return following
 
@@ -199,7 +112,8 @@ def spectrograms(bench):
 # ------------------------------------------------------------------------------------------------------------- sections
 
 def training_step(bench):
-    """-> a function that does one step of pretrain.train: input, masks, noise, forward, backward, clip, AdamW, EMA"""
+    """-> a function that does one step of pretrain.train: input, masks, noise, forward, backward, clip, AdamW, EMA; it
+    may be given another source of spectrograms -> the loss"""
     settings, config, process = bench.settings, bench.config, bench.process
     torch.manual_seed(settings.seed)
     model = ASDA(config).to(process.device)
@@ -209,12 +123,13 @@ def training_step(bench):
         model.compile(mode=settings.compile_mode)
     spec, count = spectrograms(bench), itertools.count()
 
-    def step():
+    def step(spec=spec):
         number = next(count)
         noise = pretrain.mask_noise(settings, config, number, range(settings.batch_size), process.device)
-        pretrain.forward_backward(model, spec(), masks_of(bench, number), noise, settings, bench.autocast)
+        measures = pretrain.forward_backward(model, spec(), masks_of(bench, number), noise, settings, bench.autocast)
         pretrain.update(model, optimizer, number, settings)
         model.update_teacher(pretrain.ema_decay_at(number, settings))
+        return measures['loss']
     return step
 
 
@@ -226,19 +141,84 @@ def masks_of(bench, number):
 
 
 def measure_step(bench):
-    """The whole step: time, operations per second and their share of the device's peak, memory."""
-    step = training_step(bench)
-    if bench.process.device.type == 'cuda':
+    """The whole step: time, memory, operations per second and their share of what a large matrix product, called in
+    turn with it, reaches and of the device's peak."""
+    step, device, parts = training_step(bench), bench.process.device, flops(bench.config)
+    if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats()
-    seconds = median_seconds(bench, 'step', step=step)['step']
-    parts = flops(bench.config)
+    for _ in range(2):                                                      # the second has the optimizer's averages
+        step()
+    memory, side = peak_memory(bench.process), 8192 if device.type == 'cuda' else 2048
+    pair = torch.randn(2, side, side, device=device)
+    products = {dtype: functools.partial(torch.matmul, *pair.to(getattr(torch, dtype)))
+                for dtype in ('float32', 'bfloat16')}
+    measured = median_seconds(bench, 'step', step=step, **products)
+    seconds = measured.pop('step')
     speed = sum(parts.values()) * bench.settings.batch_size / seconds
+    matmul = {dtype: 2 * side ** 3 / its_seconds for dtype, its_seconds in measured.items()}
     peak = peak_flops(device_name(bench.process), bench.settings.dtype)
     return {'ms': seconds * 1e3, 'clips_per_second': bench.settings.batch_size / seconds,
-            'peak_memory_GiB': peak_memory(bench.process) / 2 ** 30, 'TFLOP_per_second': speed / 1e12,
+            'peak_memory_GiB': memory / 2 ** 30, 'TFLOP_per_second': speed / 1e12,
+            **{f'matmul_TFLOP_per_second, {dtype}': its_speed / 1e12 for dtype, its_speed in matmul.items()},
+            'percent_of_matmul': speed / matmul[bench.settings.dtype] * 100,
             **({'percent_of_peak': speed / peak * 100} if peak else {}),
             'GFLOP_per_clip': sum(parts.values()) / 1e9,
             **{f'GFLOP_per_clip: {part}': number / 1e9 for part, number in parts.items()}}
+
+
+def profiled(bench):
+    """The profile of three steps after those that warm up."""
+    step, cuda = training_step(bench), bench.process.device.type == 'cuda'
+    for _ in range(max(bench.settings.warmup, 1)):
+        step()
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(3):
+            step()
+        synchronise(bench.process)
+    return profiler
+
+
+def measure_operators(bench):
+    """The five operators (on a GPU: kernels) that take most time of their own, in percent of all of a step."""
+    cuda = bench.process.device.type == 'cuda'
+    times = {event.key: event.self_device_time_total if cuda else event.self_cpu_time_total
+             for event in profiled(bench).key_averages()
+             if not cuda or event.device_type == torch.autograd.DeviceType.CUDA}
+    return {f'percent in {name[:60]}': times[name] / sum(times.values()) * 100
+            for name in sorted(times, key=times.get, reverse=True)[:5]}
+
+
+def measure_with_data(bench):
+    """The step on batches that the loader reads from packed clips, with their copy and log_mel, beside the same step on
+    a spectrogram that lies on the device; then a step that only waits, fed alike, beside the time it waits. In blocks,
+    as in training, each after the batches that the loader had ready, which say nothing of its speed."""
+    settings, ready, seconds = bench.settings, 4 * bench.settings.workers + 2, {'without_data': 0, 'with_data': 0}
+    with tempfile.TemporaryDirectory() as folder:
+        clips, still = packed_clips(bench, folder), dataclasses.replace(bench, settings=settings.but(dataset=''))
+        step, sources = training_step(still), {'without_data': spectrograms(still),
+                                               'with_data': spectrograms(bench, clips)}
+        for name in [*sources] * 2:
+            for _ in range(max(ready, settings.warmup)):
+                step(sources[name])
+            synchronise(bench.process)
+            began = time.perf_counter()
+            for _ in range(settings.steps):
+                step(sources[name])
+            synchronise(bench.process)
+            seconds[name] += (time.perf_counter() - began) / 2 / settings.steps
+        fed = dataclasses.replace(bench, settings=settings.but(batch_size=FED_CLIPS))
+        batches, wait = iter(pretrain_loader(fed, clips, range(sys.maxsize))), FED_CLIPS / FED_RATE
+        for _ in range(ready):
+            next(batches)
+        free = began = time.perf_counter()
+        for _ in range(settings.steps):
+            next(batches)
+            time.sleep(max(free - time.perf_counter(), 0))                  # until the step before, which runs, ends
+            free = time.perf_counter() + wait
+    return {**{f'{name}_ms': value * 1e3 for name, value in seconds.items()},
+            'with_data_over_without': seconds['with_data'] / seconds['without_data'],
+            'waiting_over_ideal': (free - began) / (wait * settings.steps)}
 
 
 def measure_data(bench):
@@ -246,8 +226,7 @@ def measure_data(bench):
     settings = bench.settings
     items = range(1 + 5 * settings.steps + 8 * settings.workers)
     with tempfile.TemporaryDirectory() as folder:
-        clips = (pretrain.training_clips(settings, bench.process) if settings.dataset
-                 else write_noise(folder, 64, CLIP_SECONDS * SAMPLE_RATE))
+        clips = packed_clips(bench, folder)
         for title in ('data, filling the page cache', 'data'):
             batches = iter(tqdm(pretrain_loader(bench, clips, items), title, len(items), leave=False, delay=1))
             next(batches)                                                   # the workers have started
@@ -397,44 +376,57 @@ def measure_baseline(bench):
             **{f'{one}_over_{other}': seconds[one] / seconds[other] for one, other in pairs}}
 
 
-SECTIONS = {'step': measure_step, 'data': measure_data, 'fbank': measure_fbank, 'masks': measure_masks,
-            'growth': measure_growth, 'prepare': measure_prepare, 'finetune_data': measure_finetune_data,
-            'baseline': measure_baseline}
+SECTIONS = {'step': measure_step, 'operators': measure_operators, 'with_data': measure_with_data, 'data': measure_data,
+            'fbank': measure_fbank, 'masks': measure_masks, 'growth': measure_growth, 'prepare': measure_prepare,
+            'finetune_data': measure_finetune_data, 'baseline': measure_baseline}
 
 
 # --------------------------------------------------------------------------------------------------------------- output
 
 def write_profile(bench):
     """A trace of three steps in Chrome's format, and the operators that took longest."""
-    step, cuda = training_step(bench), bench.process.device.type == 'cuda'
-    for _ in range(max(bench.settings.warmup, 1)):
-        step()
-    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
-    with torch.profiler.profile(activities=activities) as profiler:
-        for _ in range(3):
-            step()
-        synchronise(bench.process)
+    profiler, cuda = profiled(bench), bench.process.device.type == 'cuda'
     with replacing(bench.settings.profile) as f:
         profiler.export_chrome_trace(f.name)                                # writes the temporary file itself
     bench.process.print(profiler.key_averages().table(
         sort_by='self_cuda_time_total' if cuda else 'self_cpu_time_total', row_limit=12, max_name_column_width=50))
 
 
+def where_of(settings, process):
+    """What figures depend on beside the code."""
+    provenance = processes.provenance(process)
+    return {'device': device_name(process), 'cores': cores(), 'threads': provenance['threads'],
+            'load': round(os.getloadavg()[0], 1),                           # other processes slow this one down
+            'torch': provenance['torch'], 'dtype': settings.dtype, 'compile': settings.compile,
+            'batch_size': settings.batch_size, 'clips': settings.dataset or 'synthetic',
+            'commit': provenance['commit']}
+
+
+def in_words(where):
+    return '  '.join(f'{name} {value}' for name, value in where.items() if value != '')
+
+
 def print_table(where, figures):
-    print('\n' + '  '.join(f'{name} {value}' for name, value in where.items() if value != ''))
+    print(f'\n{in_words(where)}')
     for section, values in figures.items():
         print(section)
         for name, value in values.items():
-            shown = f'{value:,.0f}' if value >= 1000 else f'{value:.4g}'
-            print(f'  {name.replace("_", " "):<44}{shown:>10}   {TARGETS.get(name, "")}'.rstrip())
+            print(f'  {name.replace("_", " "):<44}{shown(value):>10}   {TARGETS.get(name, "")}'.rstrip())
+
+
+def write_json(settings, where, figures, **more):
+    if settings.json:
+        with replacing(settings.json) as f:
+            dump({**where, 'settings': vars(settings), 'figures': figures, **more}, f, indent=1)
 
 
 def configure(argv):
-    """The settings, on top of config/as2m.py (a GPU's 12 of its 48 clips) or config/demo.py if argv names no file."""
+    """The settings, on top of config/as2m.py (a GPU's 12 of its 48 clips) or config/demo.py if argv names no file; on a
+    CPU everything is measured in miniature then."""
     settings = configurator.configure(__file__, argv, (pretrain.__file__,), MODEL)
     if not any(argument.endswith('.py') for argument in argv):
         cuda = settings.device == 'cuda' or settings.device == 'auto' and torch.cuda.is_available()
-        default = ['as2m.py', '--batch_size=12'] if cuda else ['demo.py']
+        default = ['as2m.py', '--batch_size=12'] if cuda else ['demo.py', *MINIATURE * settings.everything]
         argv = [os.path.join(ROOT, 'config', default[0]), *default[1:], *argv]
         settings = configurator.configure(__file__, argv, (pretrain.__file__,), MODEL)
     if not any(re.match(r'--dataset(=|$)', argument) for argument in argv):
@@ -445,10 +437,10 @@ def configure(argv):
 def check(settings, process):
     """-> names of the sections to measure. Raises ConfigError for settings that cannot work."""
     pretrain.check(settings, process.world)
-    configurator.check_ranges(settings, steps=(1, 1e6), warmup=(0, 1e6))
+    configurator.check_ranges(settings, steps=(1, 1e6), warmup=(0, 1e6), budget=(1, 1e6), pretraining_seconds=(1, 1e6))
     if process.world > 1:
         raise ConfigError(f'bench.py measures one process, not {process.world}: run it without torchrun')
-    for name in ('json', 'profile'):
+    for name in ('json', 'profile', 'tables'):
         if os.path.isdir(getattr(settings, name)):
             raise ConfigError(f'{name} = {getattr(settings, name)!r} is a folder: name a file in it')
     sections = ['baseline'] if settings.baseline else configurator.words(settings.what)
@@ -465,13 +457,11 @@ def run(argv):
     process = processes.start(settings.device, settings.threads, settings.deterministic)
     sections, config = check(settings, process), pretrain.model_config(settings)
     bench, figures = make_bench(settings, config, process), {}
-    settings, provenance = bench.settings, processes.provenance(process)
-    where = {'device': device_name(process), 'cores': cores(), 'threads': provenance['threads'],
-             'load': round(os.getloadavg()[0], 1),                          # other processes slow this one down
-             'torch': provenance['torch'], 'dtype': settings.dtype, 'compile': settings.compile,
-             'batch_size': settings.batch_size, 'clips': settings.dataset or 'synthetic',
-             'commit': provenance['commit']}
+    settings, where = bench.settings, where_of(bench.settings, process)
     process.print(config)
+    if settings.everything:
+        from tools import everything  # which imports this file
+        return everything.run(bench, where)
     for name in sections:
         process.print(f'measuring {name} ...')
         try:
@@ -483,9 +473,7 @@ def run(argv):
         write_profile(bench)
     if figures:
         print_table(where, figures)
-    if settings.json:
-        with replacing(settings.json) as f:
-            dump({**where, 'settings': vars(settings), 'figures': figures}, f, indent=1)
+    write_json(settings, where, figures)
 
 
 if __name__ == '__main__':

@@ -1,0 +1,245 @@
+"""`python -m tools.bench --everything`: all of it in one command, within `budget` seconds, as JSON and Markdown tables.
+
+Every part has a process of its own, forked from a server that has imported PyTorch: what ends one, an error, too little
+memory or the end of the budget, takes no other's figures, and each begins with an empty device. Parts come in the order
+of what they are worth. What was not measured is named with the reason; files are written anew after every part.
+"""
+import contextlib
+import json
+import os
+import tempfile
+import time
+
+import torch
+
+import configurator
+import prepare
+import pretrain
+from audio.workers import PROCESSES
+from engine import processes
+from engine.errors import ROOT, ConfigError
+from engine.files import replacing
+from engine.machine import cores
+from fast import forms, kernels
+from tools import bench as benching
+from tools.bench import SECTIONS, TARGETS, in_words, training_step, write_json
+from tools.measuring import make_bench, median_seconds, peak_memory, shown
+
+DEMO = os.path.join(ROOT, 'config', 'demo.py')
+SPARE = 0.95                    # of a GPU's memory, to find the largest batch: the allocator needs some for itself
+
+
+# -------------------------------------------------------------------------------------- parts that bench.py has not
+
+def measure_kernels(bench):
+    """Every kernel against its plain expression on this batch's shapes: errors of result and gradients against float32,
+    relative to their norms, and time forward and backward; then the launches that were fastest, in words."""
+    figures, dtype = {}, getattr(torch, bench.settings.dtype)
+    for name, shape in forms.kernel_shapes(bench.config, bench.settings.batch_size).items():
+        if shape is None or name == 'attention' and not kernels.diff_attention_fits(shape[1], shape[3], dtype):
+            figures[f'launch of {name}'] = 'no such layer, or beyond what the kernel holds'
+            continue
+        for form, (errors, ms) in zip(('plain', 'kernel'), kernels.compare(name, shape, bench.process.device, dtype)):
+            figures |= {f'error of {name}, {form}: result': errors[0],
+                        f'error of {name}, {form}: largest of gradients': max(errors[1:]),
+                        f'ms of {name}, {form}': ms}
+        figures[f'launch of {name}'] = kernels.tuned_name(name)
+    return figures
+
+
+def measure_precision(bench):
+    """Losses of the first steps in bfloat16 and in float32, from the same weights, clips, masks and noise."""
+    losses = {}
+    for dtype in ('float32', 'bfloat16'):
+        settings = bench.settings.but(dtype=dtype, warmup_steps=100)            # weights change, and not wildly
+        step = training_step(make_bench(settings, bench.config, bench.process))
+        losses[dtype] = [float(step()) for _ in range(bench.settings.steps)]
+    off = [abs(half - full) / full for full, half in zip(*losses.values())]
+    return {'last loss in float32': losses['float32'][-1], 'last loss in bfloat16': losses['bfloat16'][-1],
+            'relative difference, first step': off[0], 'relative difference, largest of all steps': max(off)}
+
+
+def measure_largest(bench):
+    """The step with as many clips as fit into the GPU: a line through the memory of batch_size clips and of twice as
+    many says how many that are, less a tenth until it is true."""
+    def measure(clips, repeats):
+        settings = bench.settings.but(batch_size=clips, accumulate=1)
+        step = training_step(make_bench(settings, bench.config, bench.process))
+        torch.cuda.reset_peak_memory_stats()
+        seconds = median_seconds(bench, f'{clips} clips', step=step)['step'] if repeats else [step(), step()]
+        return seconds, peak_memory(bench.process)
+    few = bench.settings.batch_size
+    (_, first), (_, second) = (measure(clips, False) for clips in (few, 2 * few))
+    room = SPARE * torch.cuda.get_device_properties(bench.process.device).total_memory
+    clips = few + int((room - first) / max((second - first) / few, 1))
+    while clips > 2 * few:
+        torch.cuda.empty_cache()
+        try:
+            seconds, memory = measure(clips, True)
+            return {'clips': clips, 'ms': seconds * 1e3, 'clips_per_second': clips / seconds,
+                    'peak_memory_GiB': memory / 2 ** 30}
+        except torch.OutOfMemoryError:
+            clips = int(clips * 0.9)
+    raise ConfigError(f'not even {2 * few} clips fit')
+
+
+def measure_pretraining(bench):
+    """pretrain.py with config/demo.py, its schedule made as long as pretraining_seconds of this device allow; its
+    measures are means over the last tenth. Its clips are made if they are not in data_dir."""
+    settings = bench.settings
+    here = [DEMO, f'--device={bench.process.device.type}', f'--threads={settings.threads}', '--workers=0']
+    demo = benching.configure(here)
+    demo = make_bench(demo, pretrain.model_config(demo), bench.process)
+    demo.settings = demo.settings.but(steps=settings.steps, warmup=settings.warmup)
+    seconds = median_seconds(demo, 'pre-training', step=training_step(demo))['step']
+    updates = max(int(settings.pretraining_seconds / seconds), 10)
+    with tempfile.TemporaryDirectory() as folder:
+        data_dir = settings.data_dir
+        if not os.path.exists(os.path.join(data_dir, 'demo', 'meta.json')):
+            data_dir = folder
+            prepare.run(['demo', '--clips=2000', f'--workers={cores()}', f'--out_dir={folder}/demo'])
+        pretrain.run([*here, f'--max_steps={updates}', f'--warmup_steps={updates // 10}', '--eval_dataset=',
+                      f'--log_interval={max(updates // 100, 1)}', f'--save_interval={updates}',
+                      f'--data_dir={data_dir}', f'--out_dir={folder}/run'])
+        with open(os.path.join(folder, 'run', 'log.jsonl'), encoding='utf-8') as f:
+            lines = [line for line in map(json.loads, f) if 'content' in line]
+    last, (first, *_, end) = lines[-max(len(lines) // 10, 1):], lines
+    return {'updates': updates, 'updates_per_second': (end['step'] - first['step']) / (end['time'] - first['time']),
+            **{name: sum(line[name] for line in last) / len(last) for name in ('loss', 'content', 'place')}}
+
+
+FUNCTIONS = {**SECTIONS, 'kernels': measure_kernels, 'precision': measure_precision, 'largest': measure_largest,
+             'pretraining': measure_pretraining}
+
+
+# ------------------------------------------------------------------------------------------------------ which, and when
+
+def parts(settings):
+    """[(table, column, its function's name, the settings that differ)] in the order of what they are worth."""
+    small, large = ({'batch_size': clips, 'accumulate': 1} for clips in (settings.batch_size, 4 * settings.batch_size))
+    plain, both = {'compile': False, 'kernels': 'torch'}, {'compile': False, 'kernels': 'conv,attention'}
+    compiled = {'compile': True, 'compile_mode': 'default'}
+    on_few, on_many = (f'The step of {size["batch_size"]} clips' for size in (small, large))
+    forms_of_it = {'plain': plain, 'conv': {**plain, 'kernels': 'conv'}, 'attention': {**plain, 'kernels': 'attention'},
+                   'both kernels': both}
+    return [('Kernels', 'measured', 'kernels', small),
+            *((on_few, column, 'step', {**small, **form}) for column, form in forms_of_it.items()),
+            *((on_many, column, 'step', {**large, **form}) for column, form in forms_of_it.items()),
+            ('Losses', 'measured', 'precision', {**small, **plain}),
+            ('Operators of the plain step', 'measured', 'operators', {**small, **plain}),
+            ('Steps with data', 'measured', 'with_data', {**large, **plain}),
+            *((title, 'measured', name, {**large, **plain}) for title, name in (
+                ('Data path', 'data'), ('Filterbank', 'fbank'), ('Masks', 'masks'))),
+            (on_many, 'compiled', 'step', {**large, **plain, **compiled}),
+            (on_many, 'compiled, both kernels', 'step', {**large, **both, **compiled}),
+            ('A short pre-training', 'measured', 'pretraining', plain),
+            ('Growth', 'measured', 'growth', {**small, **plain}),
+            ('The largest batch', 'both kernels', 'largest', {**small, **both}),
+            (on_few, 'compiled, both kernels', 'step', {**small, **both, **compiled}),
+            *((on_few, f'{mode}, both kernels', 'step', {**small, **both, 'compile': True, 'compile_mode': mode})
+              for mode in pretrain.COMPILE_MODES if mode != 'default')]
+
+
+def unable(process):
+    """-> a function of a part's function name and settings that says why this device cannot measure it, or None"""
+    no_kernels, cuda = kernels.unusable(process.device), process.device.type == 'cuda'
+    compiles = processes.can_compile(process)
+
+    def why(name, changes):
+        if no_kernels and (name == 'kernels' or changes.get('kernels') not in ('torch', None)):
+            return no_kernels
+        if changes.get('compile') and not compiles:
+            return 'torch.compile does not work'
+        if not cuda and (name == 'largest' or pretrain.COMPILE_MODES[changes.get('compile_mode', 'default')]):
+            return 'no CUDA'
+    return why
+
+
+def in_a_process(name, settings, limit):
+    """Call a part's function with these settings in a process of its own, which has `limit` seconds.
+    -> its figures, or a str that says why there are none"""
+    PROCESSES.set_forkserver_preload(['tools.everything'])
+    receiver, sender = PROCESSES.Pipe(duplex=False)
+    process = PROCESSES.Process(target=work, args=(sender, name, vars(settings)))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv() if receiver.poll(limit) else f'stopped after {limit:.0f} s: the budget was used up'
+    except EOFError:
+        process.join()
+        return f'its process ended with exit code {process.exitcode}'
+    finally:
+        process.kill()
+        process.join()
+        receiver.close()
+
+
+def work(sender, name, values):
+    """In the process, which ends with the one that started it."""
+    processes.shield_worker()
+    settings = configurator.Settings(**values)
+    settings.given = set()
+    try:
+        with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere):
+            process = processes.start(settings.device, settings.threads, settings.deterministic)
+            sender.send(FUNCTIONS[name](make_bench(settings, pretrain.model_config(settings), process)))
+    except torch.OutOfMemoryError:
+        sender.send('too little memory on the device')
+    except Exception as error:                                              # whatever it is, the others go on
+        sender.send(f'{type(error).__name__}: {processes.first_line(error) if str(error) else ""}')
+
+
+def run(bench, where):
+    """Measure every part, and write what there is after each."""
+    settings, process, began = bench.settings, bench.process, time.perf_counter()
+    figures, seconds, reasons, why_not = {}, {}, {}, unable(process)
+    for table, column, name, changes in parts(settings):
+        part, left = f'{table}: {column}', settings.budget - (time.perf_counter() - began)
+        reason = why_not(name, changes)
+        if reason:
+            reasons[part] = f'not on this device ({reason})'
+        elif left <= (1.2 * settings.pretraining_seconds if name == 'pretraining' else 0):
+            reasons[part] = f'left out: {max(left, 0):.0f} s of the budget of {settings.budget:g} s were left'
+        else:
+            process.print(f'measuring {part} ...')
+            launches = figures.get('Kernels: measured', {})                 # those that were fastest
+            if changes.get('kernels', 'torch') != 'torch':
+                changes['kernels'] = ','.join(launches.get(f'launch of {kernel}', kernel)
+                                              for kernel in changes['kernels'].split(','))
+            start = time.perf_counter()
+            result = in_a_process(name, settings.but(**changes), left)
+            seconds[part] = time.perf_counter() - start
+            if isinstance(result, str):
+                reasons[part] = f'failed: {result}'
+            else:
+                figures[part] = {name: value for name, value in result.items() if not name.startswith('GFLOP')}
+        if part in reasons:
+            process.print(f'{part}: {reasons[part]}')
+        write_json(settings, where, figures, seconds=seconds, not_measured=reasons)
+        text = markdown(where, parts(settings), figures, seconds, reasons)
+        if settings.tables:
+            with replacing(settings.tables) as f:
+                f.write(text)
+    process.print(f'{time.perf_counter() - began:.0f} s' if settings.tables else text)
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+
+def markdown(where, all_parts, figures, seconds, reasons):
+    """A table for every group of parts, a row for every figure, a column for every part that has some."""
+    lines, titles = [in_words(where), ''], dict.fromkeys(table for table, *_ in all_parts)
+    for title in titles:
+        columns = {column: figures[f'{title}: {column}'] for table, column, *_ in all_parts
+                   if table == title and f'{title}: {column}' in figures}
+        if not columns:
+            continue
+        lines += [f'### {title}', '', f'| | {" | ".join(columns)} |', '|---|' + '---|' * len(columns)]
+        for name in dict.fromkeys(name for values in columns.values() for name in values):
+            asked = f' ({TARGETS[name]})' if name in TARGETS else ''
+            cells = [values.get(name, '') for values in columns.values()]
+            cells = [cell if isinstance(cell, str) else shown(cell) for cell in cells]
+            lines += [f'| {name.replace("_", " ")}{asked} | {" | ".join(cells)} |']
+        times = [f'{seconds[f"{title}: {column}"]:.0f}' for column in columns]
+        lines += [f'| measuring it, s | {" | ".join(times)} |', '']
+    lines += [f'* {part}: {reason}.' for part, reason in reasons.items()]
+    return '\n'.join(lines) + '\n'
