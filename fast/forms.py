@@ -6,7 +6,6 @@ plain one, docs/performance.md says what each gains. What is no plain module of 
 """
 import contextlib
 import ctypes
-import math
 
 import torch
 import torch.nn as nn
@@ -17,8 +16,7 @@ from engine.errors import ConfigError
 from fast import kernels
 from model import TARGET_EPS, Decoder, DiffAttention, n_kept
 
-MAX_MAP = 1024              # tokens up to which a CPU computes attention faster with its maps in memory,
-MAX_ROW = 32                # and these turned, so that the softmax does not go along their short rows
+MAX_MAP = 1024              # tokens up to which a CPU computes attention faster with its maps in memory
 
 
 class AutocastLayerNorm(nn.LayerNorm):
@@ -28,25 +26,10 @@ class AutocastLayerNorm(nn.LayerNorm):
         return super().forward(x).to(kernels.autocast_type(x))
 
 
-class HeadNorm(nn.GroupNorm):
-    """Of single places, (B * N, D): LayerNorm of every head, which a CPU computes faster than PyTorch's groups."""
-
-    def forward(self, x):
-        if x.device.type != 'cpu':
-            return super().forward(x)
-        heads = x.unflatten(1, (self.num_groups, -1))
-        y = F.layer_norm(heads, heads.shape[2:], eps=self.eps).flatten(1)
-        return torch.addcmul(self.bias, y, self.weight).to(kernels.autocast_type(x))
-
-
 class FusedAttention(DiffAttention):
     """(A1 - lambda A2) V = A1 V - lambda A2 V, by PyTorch's fused call over 2h heads: no maps in memory."""
 
     def attend(self, q, k, v):
-        if q.device.type == 'cpu' and q.shape[2] <= min(MAX_MAP, MAX_ROW):
-            A = (k @ (q / math.sqrt(q.shape[-1])).mT).softmax(dim=-2)       # (B, 2h, keys, queries)
-            A1, *A2 = A.chunk(2, dim=1) if self.config.diff_lambda else [A]
-            return (A1 - self.config.diff_lambda * A2[0] if A2 else A1).mT @ v
         if q.device.type == 'cpu' and q.shape[2] <= MAX_MAP:
             return super().attend(q, k, v)
         y = F.scaled_dot_product_attention(q, k, torch.cat([v] * (q.shape[1] // v.shape[1]), dim=1))
@@ -63,7 +46,7 @@ class TritonAttention(FusedAttention):
     def forward(self, x):
         h, D, per_head = self.config.n_head, x.shape[2], self.config.head_norm == 'per_head'
         if not (self.config.diff_lambda and type(self.qk) is type(self.v) is nn.Linear
-                and (type(self.norm) in (nn.GroupNorm, HeadNorm) or not per_head)
+                and (type(self.norm) is nn.GroupNorm or not per_head)
                 and kernels.diff_attention_fits(x.shape[1], D // h, kernels.autocast_type(x))):
             return super().forward(x)
         weight, bias = torch.cat([self.qk.weight, self.v.weight]), torch.cat([self.qk.bias, self.v.bias])
@@ -87,11 +70,10 @@ class TritonDecoder(Decoder):
 
 # name: (what modules are, what they become, in words)
 FORMS = {'norm': ((nn.LayerNorm,), AutocastLayerNorm, "LayerNorms in autocast's type"),
-         'heads': ((nn.GroupNorm,), HeadNorm, 'norms of heads as LayerNorms'),
          'fused': ((DiffAttention,), FusedAttention, 'attentions without long maps in memory'),
          'attention': ((DiffAttention, FusedAttention), TritonAttention, "students' attentions by Triton"),
          'conv': ((Decoder,), TritonDecoder, 'decoder by Triton')}
-ALWAYS = 'norm', 'heads', 'fused'        # conv and attention only where forms.choose has found them right and faster
+ALWAYS = 'norm', 'fused'        # conv and attention only where forms.choose has found them right and faster
 
 
 def apply(model, names=ALWAYS):

@@ -1049,7 +1049,7 @@ def test_the_table_takes_what_validation_prefers(monkeypatch):
         return valid[choice, multiple], {'test': (choice, multiple, seed)}
     monkeypatch.setattr(results, 'finetune', made_up)
     monkeypatch.setattr(results, 'ARMS', {'arm': ([], ('a', 'b', 'c'))})
-    monkeypatch.setattr(results, 'TASKS', {'one': ([], 10, {'*': (1, 2, 3, 4)}), 'two': ([], 10, {})})
+    monkeypatch.setattr(results, 'TASKS', {'one': ([], 10, (1, 2, 3, 4)), 'two': ([], 10, (1,))})
     settings, pool = types.SimpleNamespace(seeds=3), types.SimpleNamespace(map=lambda f, xs: [f(x) for x in xs])
     assert results.tuned(settings, 'one', 'arm', pool) == [{'test': ('b', 3, seed)} for seed in (1, 2, 3)]
     assert {(choice, multiple) for choice, multiple, seed in asked if seed > 1} == {('b', 3)}

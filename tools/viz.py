@@ -437,9 +437,11 @@ def run(argv):
     path = settings.out or os.path.join(os.path.dirname(beside), f'{what}.png')
     if not path.endswith('.png'):
         raise ConfigError(f'out = {path!r} must end in .png')
-    figure, said = PICTURES[what](settings, pyplot())
+    plt = pyplot()
+    figure, said = PICTURES[what](settings, plt)
     with replacing(path, 'wb') as f:
         figure.savefig(f, format='png')
+    plt.close(figure)
     print(f'{said}\n{path}')
 
 
