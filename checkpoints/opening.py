@@ -1,7 +1,7 @@
 """A checkpoint of any origin, opened for use: ours, and the authors', EAT's and SSLAM's."""
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -53,6 +53,9 @@ def open_checkpoint(path):
 
 def open_ours(path, state):
     weights = saving.unwrapped(state['model'])
+    unknown = {str(name) for name in state['config']} - {field.name for field in fields(ASDAConfig)}
+    if unknown:
+        raise CheckpointError(f'{path} is of newer code, whose model has {", ".join(sorted(unknown))}: use that code')
     try:
         config = check_model(ASDAConfig(**state['config']))
         spectrum = {'frames': config.frames,

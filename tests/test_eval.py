@@ -897,7 +897,8 @@ def test_the_head_computes_in_float32(straight, data_dir, tmp_path):            
 
 # -------------------------------------------------------------------------------------------------- hostile checkpoints
 
-WORDS = {'later version': 'version 99', 'text for a number': 'diff_lambda', 'unknown field': 'surprise'}
+WORDS = {'later version': 'version 99', 'text for a number': 'diff_lambda',
+         'unknown field': 'newer code, whose model has surprise'}
 
 
 def tampered(state, kind):

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -94,6 +95,15 @@ def test_neighbours_of_a_run_are_signed_by_their_class(data_dir, tmp_path, monke
         scores = monitor.history(out, 'demo')[0]
         assert list(probe.lines[0].get_ydata()) == pytest.approx([100 * scores['probe'][step] for step in (0, 2)])
         assert set(probe.lines[2].get_ydata()) == {100 * scores['demo_log_mel_probe'][0]}
+
+
+def test_names_are_no_formulas_and_may_be_of_any_script(tmp_path):
+    figure = viz.pyplot().figure()
+    figure.suptitle('x$^1_$.wav \u96e8')
+    with warnings.catch_warnings(record=True) as said:
+        warnings.filters[:] = [rule for rule in warnings.filters if rule[0] == 'ignore']
+        figure.savefig(tmp_path / 'x.png')
+    assert not said
 
 
 def test_a_run_without_a_labelled_set_has_nothing_to_compare_with(pretrained, data_dir):          # noqa: F811

@@ -13,6 +13,7 @@ Settings are the names below. Colours: viridis, cividis and PuOr, which colour-b
 """
 import math
 import os
+import warnings
 
 import numpy as np
 import torch
@@ -60,7 +61,8 @@ def pyplot():
     except ImportError:
         raise ConfigError('pictures need matplotlib: pip install matplotlib') from None
     matplotlib.use('Agg')
-    matplotlib.rcParams.update({'font.size': 8, 'axes.titlesize': 8, 'figure.dpi': 100})
+    matplotlib.rcParams.update({'font.size': 8, 'axes.titlesize': 8, 'figure.dpi': 100, 'text.parse_math': False})
+    warnings.filterwarnings('ignore', 'Glyph .* missing')                   # a name in a script that the font lacks
     from matplotlib import pyplot
     return pyplot
 
