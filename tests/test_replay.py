@@ -155,8 +155,8 @@ def assert_same_weights(out_dir, wanted):
         theirs = wanted[name]
         if name.endswith('attn.qk.bias'):                                   # rows: queries, then keys
             ours, theirs = ours.chunk(2)[0], theirs.chunk(2)[0]
-        off = (ours.double() - theirs.double()).abs()                       # AdamW divides by the gradient's size: where
-        assert off.max() < 1e-4, name                                       # that is next to nothing, rounding shows
+        off = (ours.double() - theirs.double()).abs()                       # AdamW divides by the gradient: where it
+        assert off.max() < 1e-4, name                                       # is next to nothing, rounding shows
         assert (off > 1e-5 + 1e-4 * theirs.abs()).float().mean() < 1e-3, name
 
 
