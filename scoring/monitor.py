@@ -3,6 +3,7 @@ what it has learned, in words."""
 import json
 import os
 import shlex
+import textwrap
 
 import numpy as np
 import torch
@@ -87,6 +88,7 @@ def conclude(settings):
     """The last lines of a pre-training, for the main process alone: what was learned, in words and, if the frozen
     features were scored and matplotlib is installed, in a picture; and what to type next."""
     said, is_scored = what_was_learned(settings.out_dir, settings.eval_dataset)
+    said = [textwrap.fill(line, 99, subsequent_indent=' ' * 9, break_on_hyphens=False) for line in said]
     print('\n'.join([f'done:    {settings.out_dir}/ckpt.pt', *said]), flush=True)
     drawing = ['learned', f'--ckpt={settings.out_dir}/ckpt.pt', f'--data_dir={settings.data_dir}']
     if is_scored:
