@@ -139,7 +139,7 @@ def test_neighbours_and_probe_work_in_blocks(monkeypatch):
     seen('double', torch.Tensor.double)
     monkeypatch.setattr(probes, 'BLOCK', 1000)
     got = knn_scores(x, y, t, 4), linear_probe((x, np.eye(4)[y]), (v, np.eye(4)[w]), t, False)
-    np.testing.assert_array_equal(got[0], want[0])
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-9)         # a product of fewer rows may add up otherwise
     np.testing.assert_allclose(got[1][0], want[1][0], atol=1e-5)
     assert got[1][1] == want[1][1] and 500 < max(sizes) <= 1000
 
