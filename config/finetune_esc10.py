@@ -3,8 +3,8 @@
     python prepare.py esc50 --source=ESC-10.tar --out_dir=data/esc10
     python finetune.py config/finetune_esc10.py --ckpt=out/real/ckpt.pt
 
-What it costs: 200 updates of 16 clips. Time with the model of config/real.py: a minute and a half on one CPU core.
-What to expect: not measured with the present checkpoint; docs/results.md has linear probes.
+What it costs: 200 updates of 16 clips. Time with the model of config/real.py: four minutes on one CPU core. What to
+expect: 85 %, from scratch 87, the linear probe of frozen features 91 (docs/results.md says why).
 """
 include('finetune_small.py')
 

@@ -2,8 +2,8 @@
 
     python finetune.py config/finetune_wakewords.py --ckpt=out/real/ckpt.pt
 
-What it costs: 200 updates of 16 clips. Time with the model of config/real.py: about a minute on one CPU core. What
-to expect: not measured with the present checkpoint; docs/results.md has linear probes.
+What it costs: 200 updates of 16 clips. Time with the model of config/real.py: two minutes on one CPU core. What to
+expect: 80 % at a learning rate of 1e-3, from scratch 70 (docs/results.md).
 """
 include('finetune_small.py')
 
@@ -13,6 +13,5 @@ labels_per_class = 10
 frames = 304                    # 3 s
 max_steps = 200
 batch_size = 16
-lr = 5e-4
 roll = False
 noise = True
