@@ -28,7 +28,7 @@ def check_output(path, suffix, *inputs):
         raise ConfigError(f'{path} must end in {suffix}, the format that it is written in')
     if os.path.isdir(path):
         raise ConfigError(f'{path} is a folder: name a file in it')
-    for source in inputs:
+    for source in filter(None, inputs):                                     # '': nothing is read there
         if any(is_within(written, source) for written in (path, path + '.tmp')):
             raise ConfigError(f'{path} would overwrite {source}, which is read: choose another name')
     folder = os.path.dirname(os.path.abspath(path))

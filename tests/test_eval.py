@@ -24,11 +24,11 @@ from audio.clips import Clips, open_clips, open_test
 from audio.files import named_files
 from checkpoints.opening import open_checkpoint
 from engine import processes
-from engine.errors import CheckpointError, DataError
+from engine.errors import CheckpointError, ConfigError, DataError
 from scoring import probes
 from scoring.features import POOLS, features, log_mel_statistics, predict, real_frames, states, width
 from scoring.metrics import NotFiniteError, describe, metrics, ranking_scores
-from scoring.outputs import write_arrays
+from scoring.outputs import check_output, write_arrays
 from scoring.probes import PROBE_L2, effective_rank, fit_logistic, knn_accuracy, knn_scores, linear_probe, standardised
 
 from .conftest import ROOT, SHARED, call, is_one_line_error, needs_shared, script, write_wav
@@ -953,3 +953,12 @@ def test_a_tampered_checkpoint_is_named(pretrained, data_dir, tmp_path, kind):  
     torch.save(state, tmp_path / 'odd.pt')
     assert is_one_line_error(call(evaluation.run, f'--ckpt={tmp_path}/odd.pt', '--dataset=noises',
                                   f'--data_dir={data_dir}'), 'odd.pt', *([WORDS[kind]] if kind in WORDS else []))
+
+
+def test_a_file_below_the_present_folder_may_be_written(tmp_path, monkeypatch):
+    """An input that is not named, '', is not the present folder."""
+    monkeypatch.chdir(tmp_path)
+    os.mkdir('out')
+    check_output('out/x.csv', '.csv', 'out/ckpt.pt', '')
+    with pytest.raises(ConfigError, match='would overwrite out'):
+        check_output('out/x.csv', '.csv', 'out', '')
