@@ -66,7 +66,7 @@ def position_table(config):
     patch = torch.arange(MAX_FRAMES // config.patch_frames * columns)
     if config.pos_embed == '1d':
         return sincos(patch, config.n_embd).float()
-    axes = patch % columns, patch // columns                                # frequency: the first channels; time
+    axes = patch % columns, patch // columns                                # frequency, time: half of the channels each
     return torch.cat([sincos(axis, config.n_embd // 2) for axis in axes], dim=1).float()
 
 

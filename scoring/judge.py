@@ -9,7 +9,7 @@ import torch
 from engine import processes, saving
 from scoring.features import over_clips, predict
 from scoring.metrics import describe, metrics
-from scoring.probes import fit_logistic, standardised
+from scoring.probes import fit_logistic
 
 PROBE_L2 = 0.1                  # of the head that begins as a probe
 
@@ -70,11 +70,13 @@ def begin_as_probe(classifier, clips, spectrum, process, autocast, workers=0):
         hook.remove()
     targets = torch.from_numpy(clips.targets(np.arange(len(clips))))
     start = torch.zeros(x.shape[1] + 1, targets.shape[1], dtype=torch.float64)
-    weight = fit_logistic(torch.from_numpy(*standardised(x)), targets, PROBE_L2, clips.multi_label, start)
-    scaled = weight[1:] / torch.from_numpy(x.std(axis=0) + 1e-6)[:, None]           # for what is not standardised
+    x = torch.from_numpy(x)
+    mean, std = x.mean(dim=0), x.std(dim=0, correction=0) + 1e-6
+    weight = fit_logistic((x - mean) / std, targets, PROBE_L2, clips.multi_label, start)
+    scaled = weight[1:] / std[:, None]                                      # for what is not standardised
     with torch.no_grad():
         classifier.head.weight.copy_(scaled.T)
-        classifier.head.bias.copy_(weight[0] - torch.from_numpy(x.mean(axis=0)).double() @ scaled)
+        classifier.head.bias.copy_(weight[0] - mean.double() @ scaled)
 
 
 def main_score(scores):
