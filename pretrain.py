@@ -90,9 +90,9 @@ def model_config(settings):
                                                   for field in dataclasses.fields(ASDAConfig)}))
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    if config.n_mels != N_MELS or config.drop_path or config.pooling == 'bands':
-        raise ConfigError(f'in pre-training n_mels = {config.n_mels} must be {N_MELS}, drop_path = {config.drop_path} '
-                          f'must be 0, pooling = {config.pooling} must be cls or mean')
+    for name, allowed in {'n_mels': (N_MELS,), 'drop_path': (0,), 'pooling': ('cls', 'mean')}.items():
+        if (value := getattr(config, name)) not in allowed:
+            raise ConfigError(f'{name} = {value} must be {" or ".join(map(str, allowed))} in pre-training')
     rows, columns = config.grid
     patches = rows * columns
     if config.mask_block > min(rows, columns):
