@@ -10,7 +10,7 @@ import torch
 
 import configurator
 from audio import frames_in
-from audio.clips import carve_validation, open_clips, read_meta
+from audio.clips import carve_validation, open_clips, open_test, read_meta
 from engine.errors import ROOT
 from engine.logs import whole_lines
 from engine.randomness import random
@@ -23,16 +23,21 @@ PROBE_L2 = (0.1,)               # one strength: nothing is left to choose it on,
 
 
 def labelled_clips(name, data_dir, seed, process):
-    """(train, valid) clips of the training split of a labelled set; None, and a line that says why, if it is not for a
-    kNN accuracy, or without a name. Raises DataError for a set that is not there."""
+    """(train, valid) clips of the training split of a labelled set, or, of SET/FOLD, without and of that fold (a
+    speaker, 1 to 5, ...); None, and a line that says why, if it is not for a kNN accuracy, or without a name. Raises
+    DataError for a set that is not there."""
     if not name:
         return None
-    clips = open_clips([name], data_dir)
+    name, _, fold = name.partition('/')
+    clips = open_clips([name], data_dir, ['train'], [f'{name}/{fold}'] if fold else [])
     if clips.multi_label or not clips.classes:
         process.print(f'no kNN accuracy: {name} has {"several labels a clip" if clips.multi_label else "no labels"}')
         return None
-    clips = clips.select(clips.label >= 0)
-    train, valid = carve_validation(clips.select(random(seed, 'few_labels').permutation(len(clips))[:CLIPS]), 0.3)
+
+    def some(clips):
+        clips = clips.select(clips.label >= 0)
+        return clips.select(random(seed, 'few_labels').permutation(len(clips))[:CLIPS])
+    train, valid = (some(clips), some(open_test(name, data_dir, fold))) if fold else carve_validation(some(clips), 0.3)
     if not len(train) or not len(valid):
         process.print(f'no kNN accuracy: {name} has too few clips')
         return None
@@ -144,7 +149,7 @@ def what_was_learned(out_dir, name):
 
 def what_next(settings):
     """What to type after pre-training."""
-    name = settings.eval_dataset or configurator.words(settings.dataset)[0]
+    name = settings.eval_dataset.partition('/')[0] or configurator.words(settings.dataset)[0]
     if not read_meta(os.path.join(settings.data_dir, name))['classes']:
         return f'next:    python eval.py --ckpt={settings.out_dir}/ckpt.pt --dataset={name} --embed=embeddings.npz'
     lines = [f'next:    python eval.py --ckpt={settings.out_dir}/ckpt.pt --dataset={name}      # kNN and linear probe']

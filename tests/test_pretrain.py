@@ -29,6 +29,7 @@ from scoring import monitor
 from tools import bench
 
 from .conftest import ROOT, TINY, call, is_one_line_error, script
+from .test_prepare import fsdd_files, zipped
 
 RUN = [*TINY, '--dataset=noises', '--batch_size=8', '--max_steps=6', '--warmup_steps=2', '--log_interval=1',
        '--save_interval=3', '--lr=1e-2']
@@ -579,6 +580,23 @@ def test_unlabelled_clips_among_labelled_ones_do_not_count(data_dir, tmp_path, m
     monkeypatch.setattr(monitor, 'open_clips', changed)
     parts = monitor.labelled_clips('noises', data_dir, 1, processes.Process(0, 1, torch.device('cpu')))
     assert 0 < sum(map(len, parts)) < 24 and all((part.label >= 0).all() for part in parts)
+
+
+def test_a_fold_is_what_the_monitor_tests_on(tmp_path):
+    """FSDD's speakers are its folds: the training split of the others, and all that this one said."""
+    source = zipped(tmp_path / 'x.zip', fsdd_files(('george', 'jackson', 'theo')))
+    assert call(prepare.run, 'fsdd', f'--source={source}', f'--out_dir={tmp_path}/fsdd', '--workers=0').code == 0
+    train, valid = monitor.labelled_clips('fsdd/theo', str(tmp_path), 1, processes.Process(0, 1, torch.device('cpu')))
+    said = [sorted(key.split('/')[-1].removesuffix('.wav').split('_')[1:] for key in part.keys())
+            for part in (train, valid)]
+    assert said == [sorted(10 * [[who, take] for who in ('george', 'jackson') for take in '56']),
+                    sorted(10 * [['theo', take] for take in '0123456'])]
+    run = [*RUN, '--max_steps=2', '--warmup_steps=1', '--dataset=fsdd', f'--data_dir={tmp_path}',
+           f'--out_dir={tmp_path}/out', '--overwrite']
+    made = call(pretrain.run, *run, '--leave_out=fsdd/theo', '--eval_dataset=fsdd/theo')
+    assert made.code == 0 and 'held-out fsdd/theo clips' in made.out, made.err
+    assert '--dataset=fsdd ' in made.out                                    # what to type next
+    assert is_one_line_error(call(pretrain.run, *run, '--eval_dataset=fsdd/nobody'), 'nobody')
 
 
 def test_evaluation_reads_with_the_workers_of_the_settings(data_dir, tmp_path, monkeypatch):

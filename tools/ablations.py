@@ -26,7 +26,7 @@ from scoring.outputs import check_output
 config = 'config/ablation.py'           # what all runs share ...
 max_steps = 300                         # ... but for their length,
 warmup_steps = 30                       # warm-up
-eval_dataset = 'wakewords'              # and the labels that they are looked at with
+eval_dataset = 'fsdd/theo'              # and the labels that they are looked at with: digits of an unheard speaker
 out_dir = 'out/ablations'               # one folder per run goes here
 data_dir = 'data'                       # prepared sets
 tables = ''                             # some of the tables, separated by commas; '': all
@@ -49,6 +49,16 @@ TABLES = {                              # name: (title, {row: further arguments}
     'input': ('Window, positions, LayerNorm of the heads', {
         'hamming, 2d, per head': [], 'hanning': ['--window=hanning'], '1d': ['--pos_embed=1d'],
         'all heads': ['--head_norm=all'], 'no norm': ['--head_norm=none']}),
+    'recipe': ('What is not in the paper: targets, masks, positions, teacher', {
+        'base': [], 'targets: last block': ['--target_layers=1'], 'see 40 %': ['--mask_ratio=0.6'],
+        'blocks of 3': ['--mask_block=3'], 'positions x 1': ['--pos_scale=1'],
+        'teacher 0.99 to 0.999': ['--ema_start=0.99', '--ema_end=0.999'],
+        'teacher 0.9998 to 0.99999': ['--ema_start=0.9998', '--ema_end=0.99999'],
+        'learning rate 1e-3': ['--lr=1e-3'], 'learning rate 4e-3': ['--lr=4e-3']}),
+    'size': ('Patches, input and width; the same seconds of sound an update', {
+        'base': [], 'patches of 8 frames': ['--patch_frames=8'], 'at equal time': ['--patch_frames=8', 'time'],
+        'width 256': ['--n_embd=256'], 'width 256 at equal time': ['--n_embd=256', 'time'],
+        '2.56 s': ['--frames=256', '--batch_size=16'], '5.12 s': ['--frames=512', '--batch_size=8']}),
 }
 
 
