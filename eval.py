@@ -238,7 +238,7 @@ def apply(settings, loaded, process):
     if settings.window:                                                     # up to the next whole patch, padded
         patch = loaded.config.patch_frames
         frames = -(-frames_in(round(settings.window * SAMPLE_RATE)) // patch) * patch
-    if frames:
+    if frames := frames or (not settings.embed and loaded.frames):          # embeddings are of what the encoder sees
         try:
             loaded.spectrum['frames'] = check_model(dataclasses.replace(loaded.config, frames=frames)).frames
         except ValueError as error:

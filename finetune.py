@@ -112,24 +112,27 @@ def check_labels(settings, clips):
 
 def initial_model(settings, n_classes, state=None):
     """A Classifier with the encoder of --ckpt, or random weights; of a run that goes on (state: its checkpoint) that
-    one's architecture, whose weights come later -> model, analysis window, repeat"""
+    one's architecture, whose weights come later -> model, what data.log_mel is told but for the statistics"""
     fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(ASDAConfig)}
     given = {name: fields[name] for name in settings.given & fields.keys() - {'frames'}}
-    fields['frames'], window, repeat, encoder = ASDAConfig.frames, 'hamming', settings.repeat, None
+    fields['frames'] = ASDAConfig.frames
+    told, encoder = {'frames': ASDAConfig.frames, 'window': 'hamming', 'repeat': settings.repeat}, None
     if state:
-        fields, (window, repeat) = {**state['config'], **given}, (state['input'][name] for name in ('window', 'repeat'))
+        fields = {**state['config'], **given}
+        told = {name: {**fields, **state['input']}[name] for name in told}
     elif settings.ckpt:
         loaded = open_checkpoint(settings.ckpt)
-        others = sorted(given.keys() - {'drop_path', *HEAD_CHOICES})
-        if others:
+        if others := sorted(given.keys() - {'drop_path', *HEAD_CHOICES}):
             raise ConfigError(f'{others[0]} comes from the checkpoint {settings.ckpt}: leave it out')
-        fields = {**dataclasses.asdict(loaded.config), **given}
-        window, repeat, encoder = loaded.spectrum['window'], loaded.spectrum['repeat'] or repeat, loaded.encoder
-    fields.update(frames=settings.frames or fields['frames'], drop_path=settings.drop_path)
+        fields, encoder = {**dataclasses.asdict(loaded.config), **given}, loaded.encoder
+        told = {'frames': loaded.frames, 'window': loaded.spectrum['window'],
+                'repeat': loaded.spectrum['repeat'] or settings.repeat}
+    told['frames'] = settings.frames or told['frames']
     try:
-        config = ranges.check_model(ASDAConfig(**fields))
+        config = ranges.check_model(ASDAConfig(**{**fields, 'frames': told['frames'], 'drop_path': settings.drop_path}))
     except (ValueError, TypeError) as error:
         raise ConfigError(str(error)) from None
+    config.frames = fields['frames'] if config.pooling == 'bands' else config.frames        # of its encoder's windows
     if config.n_mels != N_MELS:
         raise ConfigError(f'n_mels = {config.n_mels} must be {N_MELS}')
     torch.manual_seed(settings.seed)
@@ -137,7 +140,7 @@ def initial_model(settings, n_classes, state=None):
     if encoder and settings.init == 'checkpoint':
         saving.load_weights(model.encoder, encoder.state_dict(), settings.ckpt)
     processes.in_float32(model.head_norm, model.head)
-    return model, window, repeat
+    return model, told
 
 
 def make_optimizer(model, settings, process):
@@ -224,14 +227,13 @@ def train(settings, process, stop=None):
             settings.dataset, settings.data_dir, settings.fold, settings.labels_per_class, settings.seed,
             settings.validation_part, settings.test_dataset)
         check_labels(settings, clips)
-        model, window, repeat = initial_model(settings, len(clips.classes), run.state)
-        config = model.config
-        mean, std = whole.statistics(window)
-        spectrum = {'frames': config.frames, 'window': window, 'mean': mean, 'std': std, 'repeat': repeat}
+        model, told = initial_model(settings, len(clips.classes), run.state)
+        mean, std = whole.statistics(told['window'])
+        config, spectrum = model.config, {**told, 'mean': mean, 'std': std}
         autocast = run.precision(config.n_embd)
         process.print(f'{configurator.show(settings, (__file__,), leave_out=dataclasses.asdict(config))}\n{config}')
         process.print(f'{len(clips):,} training, {len(valid):,} validation, {len(test):,} test clips; '
-                      f'{len(clips.classes)} classes; {config.frames} frames; log-mel mean {mean:.3f}, std {std:.3f}; '
+                      f'{len(clips.classes)} classes; {told["frames"]} frames; log-mel mean {mean:.3f}, std {std:.3f}; '
                       f'{run.where}')
         process.print(forms.apply(model.to(process.device)))
         optimizer = make_optimizer(model, settings, process)
@@ -243,7 +245,7 @@ def train(settings, process, stop=None):
 
         places = data.mirrored_places(settings.batch_size, process.rank, process.world)
         batches = data.FinetuneBatches(
-            clips, config.frames, settings.batch_size, places, settings.seed, config.n_layer, settings.roll,
+            clips, told['frames'], settings.batch_size, places, settings.seed, config.n_layer, settings.roll,
             settings.noise, settings.input_mask, settings.mixup, settings.mixup_probability,
             sampling_weights(clips) if settings.weighted else None, settings.epoch_clips)
         judge = Judge(run, spectrum, valid, test)

@@ -142,8 +142,7 @@ class Encoder(nn.Module):
         self.register_buffer('positions', position_table(config), persistent=False)      # (P_max, D)
         self.init_weights()
 
-    def init_weights(self):
-        """Every initial value of the encoder; norms start at weight 1, bias 0, as PyTorch has them."""
+    def init_weights(self):                 # every initial value but the norms', which are PyTorch's, 1 and 0
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
@@ -235,10 +234,8 @@ class ASDA(nn.Module):
 
     @torch.no_grad()
     def targets(self, spec):
-        """(B, frames, n_mels) -> frame targets (B, P, D), utterance targets (B, D): the teacher sees every patch.
-
-        From every layer t, instance-normalised over time per channel; averaged over layers; LayerNorm. In float32.
-        """
+        """(B, frames, n_mels) -> frame targets (B, P, D), utterance targets (B, D): the teacher sees every patch. From
+        every layer t, instance-normalised over time per channel; averaged over layers; LayerNorm. In float32."""
         _, outputs = self.teacher(spec, layers=True)
         outputs = [t[:, 1:].float() for t in outputs[-self.config.target_layers:]]      # without CLS, (B, P, D)
         frame = F.layer_norm(sum(map(instance_norm, outputs)) / len(outputs), (self.config.n_embd,), eps=TARGET_EPS)
@@ -282,10 +279,10 @@ class ASDA(nn.Module):
             'target_std': variance.sqrt().mean(), 'pred_std': predicted.sqrt().mean()}
 
 
-def pool(x, pooling, columns=None):
+def pool(x, pooling, columns=None, windows=1):
     """(B, 1 + T, D), CLS first -> utterance (B, D); bands: mean, deviation over time of each (B, 2 * columns * D)"""
     if pooling == 'bands':
-        rows = x[:, 1:].unflatten(1, (-1, columns)).flatten(2)              # (B, time, columns * D)
+        rows = x[:, 1:].reshape(len(x) // windows, -1, columns * x.shape[2])        # (B, time, columns * D)
         return torch.cat([rows.mean(dim=1), (rows.var(dim=1, correction=0) + NORM_EPS).sqrt()], dim=1)
     return x[:, 0] if pooling == 'cls' else x[:, 1:].mean(dim=1)
 
@@ -303,7 +300,7 @@ def masked_variance(x, weight):
 
 
 class Classifier(nn.Module):
-    """A pre-trained encoder with LayerNorm -> Linear on what config.pooling makes of its output (pool)."""
+    """A pre-trained encoder with LayerNorm -> Linear on what pool makes of its output; bands read windows."""
 
     def __init__(self, config, n_classes):
         super().__init__()
@@ -317,8 +314,11 @@ class Classifier(nn.Module):
 
     def forward(self, spec, draws=None):
         """spec (B, frames, n_mels); draws as in Encoder.forward -> logits (B, n_classes)"""
-        x = self.encoder(spec, draws=draws)                                 # (B, 1 + P, D)
-        return self.head(self.head_norm(pool(x, self.config.pooling, self.config.grid[1])))
+        n = math.ceil(spec.shape[1] / self.config.frames) if self.config.pooling == 'bands' else 1
+        pad = -spec.shape[1] % (n * self.config.patch_frames)               # n equal windows, side by side,
+        spec = F.pad(spec, (0, 0, 0, pad)).unflatten(1, (n, -1)).flatten(0, 1)      # no longer than pre-training's
+        x = self.encoder(spec, draws=draws if draws is None else draws.repeat_interleave(n, dim=0))
+        return self.head(self.head_norm(pool(x, self.config.pooling, self.config.grid[1], n)))
 
 
 def count_parameters(module):           # trainable ones

@@ -1,7 +1,7 @@
 """A checkpoint of any origin, opened for use: ours, and the authors', EAT's and SSLAM's."""
 import math
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -30,6 +30,7 @@ class Loaded:
     multi_label: bool | None
     settings: dict
     pretrained: ASDA | None         # decoder and teacher too
+    frames: int                     # input length: a classifier's may be longer than what its encoder sees at a time
 
 
 def open_checkpoint(path):
@@ -58,6 +59,7 @@ def open_ours(path, state):
         raise CheckpointError(f'{path} is of newer code, whose model has {", ".join(sorted(unknown))}: use that code')
     try:
         config = check_model(ASDAConfig(**state['config']))
+        frames = check_model(replace(config, frames=state['input'].get('frames', config.frames))).frames
         spectrum = {'frames': config.frames,
                     **{name: state['input'][name] for name in ('window', 'mean', 'std', 'repeat')}}
         is_classifier = 'head.weight' in weights
@@ -75,17 +77,17 @@ def open_ours(path, state):
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f'{path} is a damaged checkpoint ({type(error).__name__}: {error})') from None
     saving.load_weights(model, weights, path)
-    return loaded(model, spectrum, classes, multi_label, state['settings'])
+    return loaded(model, spectrum, classes, multi_label, state['settings'], frames)
 
 
-def loaded(model, spectrum, classes=None, multi_label=None, settings=()):
+def loaded(model, spectrum, classes=None, multi_label=None, settings=(), frames=0):
     """A classifier's head computes in float32: logits of 8 bits rank otherwise."""
     forms.apply(model)
     is_classifier = isinstance(model, Classifier)
     if is_classifier:
         in_float32(model.head_norm, model.head)
     return Loaded(model.encoder, model if is_classifier else None, model.config, spectrum, classes, multi_label,
-                  dict(settings), None if is_classifier else model)
+                  dict(settings), None if is_classifier else model, frames or model.config.frames)
 
 
 def begin_with(model, path):

@@ -75,7 +75,7 @@ class Run:
         spectrum: what data.log_mel is told; fingerprint: of the training clips."""
         self.model, self.optimizer, state = model, optimizer, self.state
         self.config = dataclasses.asdict(model.config)
-        self.input = {**{name: spectrum[name] for name in ('window', 'mean', 'std', 'repeat')},
+        self.input = {**{name: spectrum[name] for name in ('frames', 'window', 'mean', 'std', 'repeat')},
                       'fingerprint': fingerprint}
         if self.resuming:                   # fields that are younger than the checkpoint have their defaults
             state['config'] = {**dataclasses.asdict(type(model.config)()), **state['config']}

@@ -136,20 +136,21 @@ def test_a_run_from_our_checkpoint(straight, pretrained):
 
 
 def test_the_encoder_is_the_pretrained_students(pretrained):
-    model, window, _ = finetune.initial_model(settings(f'--ckpt={pretrained}', '--frames=96', '--drop_path=0.2'), 7)
+    model, told = finetune.initial_model(settings(f'--ckpt={pretrained}', '--frames=96', '--drop_path=0.2'), 7)
     stored = torch.load(pretrained, weights_only=True)['model']
     for name, tensor in model.encoder.state_dict().items():
         assert torch.equal(tensor, stored[f'encoder.{name}'])
-    assert (model.config.frames == 96 and model.config.drop_path == 0.2 and window == 'hamming'
+    assert (model.config.frames == 96 and model.config.drop_path == 0.2
+            and told == {'frames': 96, 'window': 'hamming', 'repeat': False}
             and len(model.head.weight) == 7)
     middle = str(os.path.dirname(pretrained)) + '/middle.pt'
     state = torch.load(pretrained, weights_only=True)
     torch.save({**state, 'config': {**state['config'], 'pooling': 'mean', 'cls_position': 'middle'}}, middle)
-    back, _, _ = finetune.initial_model(settings(f'--ckpt={middle}', '--pooling=cls'), 7)
+    back, _ = finetune.initial_model(settings(f'--ckpt={middle}', '--pooling=cls'), 7)
     assert (back.config.pooling, back.config.cls_position) == ('cls', 'middle')     # a given default counts
-    other, _, _ = finetune.initial_model(settings(f'--ckpt={pretrained}', '--pooling=mean', '--cls_position=middle'), 7)
+    other, _ = finetune.initial_model(settings(f'--ckpt={pretrained}', '--pooling=mean', '--cls_position=middle'), 7)
     assert (other.config.pooling, other.config.cls_position) == ('mean', 'middle')
-    scratch, _, _ = finetune.initial_model(settings(f'--ckpt={pretrained}', '--init=scratch'), 7)
+    scratch, _ = finetune.initial_model(settings(f'--ckpt={pretrained}', '--init=scratch'), 7)
     assert scratch.config.n_embd == 32 and not torch.equal(scratch.encoder.cls, model.encoder.cls)
 
 
@@ -237,7 +238,7 @@ def test_the_last_line_is_what_eval_says_of_the_same_file(multi_label, pretraine
     ours, theirs = seen[judge][-1], seen[evaluation][0]
     np.testing.assert_array_equal(ours, theirs)
     assert (ours != torch.from_numpy(ours).bfloat16().float().numpy()).all()        # more than 8 bits
-    model, _, _ = finetune.initial_model(settings(f'--ckpt={pretrained}'), 3)
+    model, _ = finetune.initial_model(settings(f'--ckpt={pretrained}'), 3)
     spec = torch.randn(2, 64, 128)
     with torch.autocast('cpu', torch.bfloat16):
         pooled, logits = model.encoder(spec)[:, 0], model(spec)
@@ -386,6 +387,37 @@ def test_a_head_can_begin_as_a_linear_probe(pretrained, data_dir, tmp_path, pool
     two_vectors = 2                         # of opposite sign, for two classes, each with half of what one would have
     probe = LogisticRegression(C=two_vectors / (0.1 * len(train)), tol=1e-8, max_iter=5000).fit(standard, train.label)
     np.testing.assert_allclose(logits.softmax(dim=1), probe.predict_proba(standard), atol=2e-3)
+
+
+def test_bands_keep_the_window_of_pretraining(pretrained, data_dir, tmp_path):
+    """Inputs of 144 frames, an encoder that sees 48 of them at a time: its own 64 at most."""
+    run = [*RUN, '--pooling=bands', '--frames=144', f'--ckpt={pretrained}', f'--data_dir={data_dir}']
+    made = call(finetune.run, *run, f'--out_dir={tmp_path}/out')
+    assert made.code == 0 and '; 144 frames;' in made.out, made.err
+    best, tests = f'{tmp_path}/out/best.pt', log_of(tmp_path / 'out')[-1]['test']
+    loaded = evaluation.open_checkpoint(best)
+    assert (loaded.config.frames, loaded.spectrum['frames'], loaded.frames) == (64, 64, 144)
+    seen = []
+    loaded.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+    loaded.classifier(torch.zeros(1, loaded.frames, 128))
+    assert seen == [48]
+    shown = call(evaluation.run, f'--ckpt={best}', f'--data_dir={data_dir}', '--device=cpu')
+    assert shown.code == 0 and describe(tests['best']) in shown.out, shown.err
+    again, told = finetune.initial_model(settings(f'--ckpt={best}', '--pooling=bands'), 2)       # tuned once more
+    assert (again.config.frames, told['frames']) == (64, 144)
+
+    whole = weights_of(tmp_path / 'out')
+    os.replace(tmp_path / 'out' / 'ckpt.1.pt', tmp_path / 'out' / 'ckpt.pt')
+    assert call(finetune.run, *run, f'--out_dir={tmp_path}/out', '--resume').code == 0
+    assert same_state(weights_of(tmp_path / 'out')['model'], whole['model'])
+    state = torch.load(best, weights_only=True)                             # as it was written before windows were
+    state['config']['frames'] = state['input'].pop('frames')
+    torch.save(state, tmp_path / 'old.pt')
+    old = evaluation.open_checkpoint(str(tmp_path / 'old.pt'))
+    assert (old.config.frames, old.frames) == (144, 144)
+    for damage in (100, 10 ** 9, 'x', 64.0):
+        torch.save({**state, 'input': {**state['input'], 'frames': damage}}, tmp_path / 'damaged.pt')
+        assert is_one_line_error(call(evaluation.run, f'--ckpt={tmp_path}/damaged.pt'), 'damaged', 'frames')
 
 
 def test_a_run_that_goes_on_keeps_its_head(pretrained, data_dir, tmp_path):

@@ -587,6 +587,23 @@ def test_classifier_pools_cls_patches_or_bands():
     assert all(p.grad.isfinite().all() for p in bands.parameters())
 
 
+@pytest.mark.parametrize('frames, window', [(64, 64), (80, 48), (128, 64), (144, 48), (400, 64)])
+def test_bands_read_what_pretraining_saw_at_a_time(frames, window):
+    """As few equal windows as are no longer than config.frames = 64, encoded one by one; their rows side by side."""
+    torch.manual_seed(0)
+    spec = torch.randn(2, frames, 128)
+    bands = Classifier(variant(pooling='bands', drop_path=0.5), 5).train()
+    draws = torch.tensor([[[0.1, 0.9]] * 2, [[0.9, 0.1]] * 2])
+    logits = []
+    for clip, draw in zip(spec, draws):
+        padded = torch.cat([clip, torch.zeros(-frames % window, 128)])
+        rows = torch.cat([bands.encoder(part[None], draws=draw[None])[0, 1:].reshape(-1, 8 * 32)
+                          for part in padded.split(window)]).detach().numpy()
+        want = np.concatenate([rows.mean(axis=0), np.sqrt(rows.var(axis=0) + 1e-6)])
+        logits.append(bands.head(bands.head_norm(torch.from_numpy(want))))
+    torch.testing.assert_close(bands(spec, draws), torch.stack(logits), atol=1e-4, rtol=1e-4)
+
+
 def test_stochastic_depth_drops_whole_clips_and_keeps_the_mean():
     branch = torch.ones(4000, 2, 3)
     dropped = model_module.drop_path(branch, 0.25, torch.rand(4000, generator=torch.Generator().manual_seed(0)))
