@@ -51,6 +51,10 @@ def test_a_table_is_made_once_from_what_the_logs_say(how, tmp_path):
     again = call(ablations.run, *options, '--tables=utterance', '--seeds=2')
     assert again.code == 0 and len(commands) == 6
     assert call(ablations.run, f'--json_file={tmp_path}/a.json', '--show').out.strip() in again.out
+    (tmp_path / 'b.json').write_text(json.dumps({'lambda': stored}))       # made before
+    assert call(ablations.run, *options[:-1], f'--json_file={tmp_path}/b.json', '--tables=utterance',
+                '--seeds=2').code == 0
+    assert json.loads((tmp_path / 'b.json').read_text()) == {'lambda': stored, 'utterance': stored}
 
 
 def test_equal_time_is_as_many_updates_as_fit(how, monkeypatch):
@@ -83,6 +87,7 @@ def test_differences_are_called_so_only_beyond_the_spread():
                                           ('--max_steps=1', 'max_steps'), ('--config=absent.py', 'absent.py')])
 def test_bad_options(option, word):
     assert is_one_line_error(call(ablations.run, option), word)
+    assert is_one_line_error(call(ablations.run, '--show', '--json_file=absent.json'), 'absent.json')
 
 
 def test_a_run_that_fails_is_named(how, monkeypatch):

@@ -137,6 +137,14 @@ def difference(base, other):
     return f'{100 * gain:+.1f}' if abs(gain) > 2 * error else 'none seen'
 
 
+def stored(path):
+    """{table: {row: [runs]}} of a file, if there is one."""
+    if not os.path.exists(path):
+        return {}
+    with open(path, encoding='utf-8') as f:
+        return json.load(f)
+
+
 def run(argv):
     settings = configurator.configure(__file__, argv)
     configurator.check_ranges(settings, seeds=(1, 1000), jobs=(1, 1000), max_steps=(2, 1e9), warmup_steps=(0, 1e9))
@@ -145,9 +153,11 @@ def run(argv):
         raise ConfigError(f'tables = {settings.tables!r} must be of {", ".join(TABLES)}')
     if not os.path.isfile(os.path.join(ROOT, settings.config)):
         raise ConfigError(f'config = {settings.config}: there is no such file')
+    if settings.show and not stored(settings.json_file):
+        raise ConfigError(f'json_file = {settings.json_file}: no table is in it: leave out --show to make them')
     if not settings.show:
         check_output(settings.json_file, '.json', settings.config)
-        found, wanted = {}, {(tuple(extra), seed): None for seed in range(1, settings.seeds + 1) for name in names
+        found, wanted = stored(settings.json_file), {(tuple(extra), seed): None for seed in range(1, settings.seeds + 1) for name in names
                              for extra in TABLES[name][1].values()}
         in_order = sorted(wanted, key=lambda pair: 'time' in pair[0])       # these need the times of the others
         for late in (False, True):
@@ -158,10 +168,8 @@ def run(argv):
             found[name] = {row: [wanted[tuple(extra), seed] for seed in range(1, settings.seeds + 1)]
                            for row, extra in TABLES[name][1].items()}
         with replacing(settings.json_file) as f:
-            json.dump(found, f, indent=1)
-    with open(settings.json_file, encoding='utf-8') as f:
-        stored = json.load(f)
-    print('\n\n'.join(table(TABLES[name][0], rows) for name, rows in stored.items()))
+            json.dump(found, f, indent=1)                                   # the other tables stay
+    print('\n\n'.join(table(TABLES[name][0], rows) for name, rows in stored(settings.json_file).items()))
 
 
 if __name__ == '__main__':
