@@ -19,6 +19,6 @@ max_steps = 600
 warmup_steps = 60
 lr = 1e-3
 ema_start, ema_end, ema_steps = 0.99, 0.999, max_steps
-eval_interval = 150
+eval_interval = 300
 save_interval = 150
 workers = 0
