@@ -15,8 +15,7 @@ import numpy as np
 import torch
 
 import configurator
-import data
-from audio import SAMPLE_RATE, frames_in, samples_for
+from audio import SAMPLE_RATE
 from audio.decoding import decode_file
 from audio.sources import ARCHIVE_ERRORS, list_source
 from engine import processes, ranges
@@ -24,6 +23,7 @@ from engine.errors import ConfigError, DataError
 from engine.files import printable, replacing
 from scoring.outputs import check_output
 from scoring.probes import standardised
+from tools import viz
 from tools.embeddings import clips_of, load
 
 ckpt = ''               # the checkpoint
@@ -53,10 +53,7 @@ def index_path(settings):
 
 def bound_to(settings):
     """A text that changes with the checkpoint's content, the folder and what else decides the features."""
-    content = hashlib.sha256()
-    with open(settings.ckpt, 'rb') as f:
-        while block := f.read(1 << 20):
-            content.update(block)
+    content = hashlib.sha256(np.memmap(settings.ckpt, mode='r'))
     return repr((content.hexdigest(), os.path.realpath(settings.folder), settings.pool, settings.layer))
 
 
@@ -132,21 +129,15 @@ def nearest(held, features, top_k, not_this=None):
 
 def draw(path, sounds, spectrum):
     """A picture of log-mels, one below another, at most the first frames of each. sounds: (title, path) of each."""
-    from tools.viz import NARROW, pyplot
-    pyplot = pyplot()
-    figure, axes = pyplot.subplots(len(sounds), 1, figsize=(NARROW, 0.4 + 0.9 * len(sounds)), squeeze=False,
-                                   sharex=True, layout='constrained')
+    figure, axes = viz.pyplot().subplots(len(sounds), 1, figsize=(viz.NARROW, 0.4 + 0.9 * len(sounds)), squeeze=False,
+                                         sharex=True)
     for (title, file), axis in zip(sounds, axes[:, 0]):
-        pcm = clips_of(decode_file(file), SAMPLE_RATE).read(0, count=samples_for(spectrum['frames']))
-        spec = data.log_mel(torch.from_numpy(pcm.copy())[None], torch.tensor([len(pcm)]), **spectrum)
-        spec = spec[0, :frames_in(len(pcm))]
-        axis.imshow(spec.T.numpy(), origin='lower', aspect='auto', cmap='viridis', extent=(0, len(spec) / 100, 0, 128))
+        spec = viz.real_log_mel(clips_of(decode_file(file), SAMPLE_RATE), 0, spectrum, spectrum['frames'])
+        axis.imshow(spec.T.numpy(), origin='lower', aspect='auto', extent=(0, len(spec) / 100, 0, 128))
         axis.set(yticks=[], facecolor='0.9', xlim=(0, spectrum['frames'] / 100))
         axis.set_title(title, loc='left')
     axes[-1, 0].set_xlabel('seconds; 128 mel bands upwards')
-    with replacing(path, 'wb') as f:
-        figure.savefig(f, format='png')
-    pyplot.close(figure)
+    viz.save(figure, path)
 
 
 def run(argv):
@@ -160,8 +151,7 @@ def run(argv):
     check_output(path, '.npz', settings.ckpt, settings.wav)
     if settings.picture:
         check_output(settings.picture, '.png', settings.ckpt, settings.wav)
-        from tools.viz import pyplot
-        pyplot()                                                            # says what is missing before the work
+        viz.pyplot()                                                        # says what is missing before the work
     if settings.threads:
         torch.set_num_threads(settings.threads)
     model = load(settings.ckpt, settings.pool, settings.layer, settings.device)
