@@ -17,7 +17,6 @@ import functools
 import itertools
 import os
 import re
-import statistics
 import sys
 import tempfile
 import time
@@ -34,7 +33,7 @@ import finetune
 import prepare
 import pretrain
 from audio import N_MELS, SAMPLE_RATE, samples_for
-from engine import processes, randomness
+from engine import processes
 from engine.errors import ROOT, ConfigError, RunError
 from engine.files import replacing
 from engine.machine import cores
@@ -47,7 +46,6 @@ from tools.describe import MODEL, flops
 from tools.measuring import (
     CLASSES,
     device_name,
-    make_bench,
     median_seconds,
     noise_pcm,
     on_threads,
@@ -76,6 +74,21 @@ TARGETS = {'mono_clips_per_second_per_core': 'at least 30', 'stereo_clips_per_se
            'waiting_over_ideal': 'at most 1.03'}
 FED_CLIPS, FED_RATE = 48, 400   # a step that only waits: its clips, and how many of them a second
 
+
+class Bench:
+    """What every section is given: settings, in which dtype is what 'auto' chooses, the model's config, the process,
+    and autocast, a context maker."""
+
+    def __init__(self, settings, process):
+        self.config, self.process = pretrain.model_config(settings), process
+        self.autocast, dtype = processes.autocast(process, settings.dtype, self.config.n_embd)
+        self.settings = settings.but(dtype=dtype)
+
+    def but(self, **changes):
+        """The same with some settings changed."""
+        return Bench(self.settings.but(**changes), self.process)
+
+
 # -------------------------------------------------------------------------------------------------------- clips to use
 
 def pretrain_loader(bench, clips, items):
@@ -100,12 +113,12 @@ def spectrograms(bench, clips=None):
         spec = torch.randn(settings.batch_size, config.frames, N_MELS, device=bench.process.device)
         return lambda: spec
     clips = clips or pretrain.training_clips(settings, bench.process)
-    mean, std = clips.statistics(settings.window) if settings.dataset else (0.0, 0.5)
+    spectrum = pretrain.spectrum_of(clips, config, settings)
     batches = read_ahead(pretrain_loader(bench, clips, range(sys.maxsize)), bench.process)
 
     def following():
         batch = next(batches)
-        return data.log_mel(batch['pcm'], batch['lengths'], config.frames, settings.window, mean, std)
+        return data.log_mel(batch['pcm'], batch['lengths'], **spectrum)
     return following
 
 
@@ -125,19 +138,13 @@ def training_step(bench):
 
     def step(spec=spec):
         number = next(count)
+        mask = pretrain.masks(settings, config, number, process.device)
         noise = pretrain.mask_noise(settings, config, number, range(settings.batch_size), process.device)
-        measures = pretrain.forward_backward(model, spec(), masks_of(bench, number), noise, settings, bench.autocast)
+        measures = pretrain.forward_backward(model, spec(), mask, noise, settings, bench.autocast)
         pretrain.update(model, optimizer, number, settings)
         model.update_teacher(pretrain.ema_decay_at(number, settings))
         return measures['loss']
     return step
-
-
-def masks_of(bench, number):
-    config = bench.config
-    generator = randomness.torch_random(bench.process.device, bench.settings.seed, 'mask', number)
-    return data.block_masks(bench.settings.batch_size, config.n_students, config.grid, config.mask_ratio,
-                            config.mask_block, generator, config.mask_adjust)
 
 
 def measure_step(bench):
@@ -195,7 +202,7 @@ def measure_with_data(bench):
     as in training, each after the batches that the loader had ready, which say nothing of its speed."""
     settings, ready, seconds = bench.settings, 4 * bench.settings.workers + 2, {'without_data': 0, 'with_data': 0}
     with tempfile.TemporaryDirectory() as folder:
-        clips, still = packed_clips(bench, folder), dataclasses.replace(bench, settings=settings.but(dataset=''))
+        clips, still = packed_clips(bench, folder), bench.but(dataset='')
         step, sources = training_step(still), {'without_data': spectrograms(still),
                                                'with_data': spectrograms(bench, clips)}
         for name in [*sources] * 2:
@@ -207,8 +214,8 @@ def measure_with_data(bench):
                 step(sources[name])
             synchronise(bench.process)
             seconds[name] += (time.perf_counter() - began) / 2 / settings.steps
-        fed = dataclasses.replace(bench, settings=settings.but(batch_size=FED_CLIPS))
-        batches, wait = iter(pretrain_loader(fed, clips, range(sys.maxsize))), FED_CLIPS / FED_RATE
+        batches = iter(pretrain_loader(bench.but(batch_size=FED_CLIPS), clips, range(sys.maxsize)))
+        wait = FED_CLIPS / FED_RATE
         for _ in range(ready):
             next(batches)
         free = began = time.perf_counter()
@@ -260,7 +267,9 @@ def measure_fbank(bench):
 
 def measure_masks(bench):
     """The block masks of a batch."""
-    return {'ms_per_batch': median_seconds(bench, 'masks', masks=lambda: masks_of(bench, 0))['masks'] * 1e3}
+    seconds = median_seconds(bench, 'masks', masks=functools.partial(
+        pretrain.masks, bench.settings, bench.config, 0, bench.process.device))
+    return {'ms_per_batch': seconds['masks'] * 1e3}
 
 
 def measure_growth(bench):
@@ -270,11 +279,10 @@ def measure_growth(bench):
     for name, factor in itertools.product(units, (0.5, 1, 2)):
         value = max(int(getattr(bench.settings, name) * factor) // units[name], 1) * units[name]
         try:
-            settings = bench.settings.but(**{name: value}, compile=False, dataset='')
-            key = settings.batch_size, settings.n_students, settings.frames         # factor 1 is the same for all names
+            changed = bench.but(**{name: value}, compile=False, dataset='')
+            key = tuple(getattr(changed.settings, unit) for unit in units)  # factor 1 is the same for all names
             if key not in measured:
-                step = training_step(dataclasses.replace(bench, settings=settings,
-                                                         config=pretrain.model_config(settings)))
+                step = training_step(changed)
                 measured[key] = median_seconds(bench, f'growth, {name} = {value}', step=step)['step']
             figures[f'ms, {name} = {value}'] = measured[key] * 1e3
         except (ConfigError, torch.OutOfMemoryError) as error:
@@ -298,14 +306,14 @@ def measure_prepare(bench):
 
 
 def measure_finetune_data(bench):
-    """A fine-tuning batch, made in this process (read, roll, then log_mel and augment), beside the step on it (forward,
-    backward, AdamW), with the defaults of finetune.py and noise-filled clips as long as the input. Then the step with
-    all of it, read ahead by the workers, which on a GPU should cost no more than the step and log_mel."""
-    config, process = bench.config, bench.process
-    size = bench.settings.batch_size
+    """A fine-tuning batch, made in this process (read, roll, then log_mel and augment), beside the whole step on it,
+    with the defaults of finetune.py and noise-filled clips as long as the input. Then the step on batches that the
+    workers read ahead, which on a GPU should cost no more."""
+    config, process, size, latest = bench.config, bench.process, bench.settings.batch_size, {}
     settings = configurator.configure(finetune.__file__, [], MODEL).but(batch_size=size, mixup=0.8)
     with tempfile.TemporaryDirectory() as folder:
         clips = write_noise(folder, 2 * size, samples_for(config.frames))
+        spectrum = pretrain.spectrum_of(clips, config, bench.settings)
         batches = data.FinetuneBatches(clips, config.frames, size, range(size), settings.seed, config.n_layer,
                                        settings.roll, settings.noise, settings.input_mask, settings.mixup)
         torch.manual_seed(settings.seed)
@@ -314,60 +322,52 @@ def measure_finetune_data(bench):
         optimizer = finetune.make_optimizer(model, settings, dataclasses.replace(process, rank=1))
         if bench.settings.compile and processes.can_compile(process):
             model.compile()
-        count, latest = itertools.count(), {}
-
-        def read():
-            latest['batch'] = bench.to_device(batches[next(count)])
-
-        def spectrograms():
-            batch = latest['batch']
-            spec = data.log_mel(batch['pcm'], batch['lengths'], config.frames, bench.settings.window, 0.0, 0.5,
-                                batch['gain'])
-            latest['spec'], latest['labels'] = data.augment(spec, batch)
-
-        def step():
-            with bench.autocast():
-                logits = model(latest['spec'], latest['batch']['draws'])
-            finetune.classification_loss(logits.float(), latest['labels'], latest['batch']['label_sum'], settings,
-                                         multi_label=False).backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        seconds = median_seconds(bench, 'finetune_data', read=read, spectrograms=spectrograms, step=step)
         loader = data.loader(batches, range(bench.settings.warmup + bench.settings.steps), bench.settings.workers,
                              pin=process.device.type == 'cuda')
-        times = [time.perf_counter()]
-        for latest['batch'] in read_ahead(loader, process):
-            spectrograms()
+        count, ahead = itertools.count(), read_ahead(loader, process)
+
+        def read():
+            latest.update(next(read_ahead([batches[next(count)]], process)))
+
+        def spectrograms():
+            data.augment(data.log_mel(latest['pcm'], latest['lengths'], **spectrum, gain=latest['gain']), latest)
+
+        def step():
+            finetune.forward_backward(model, latest, spectrum, settings, False, process, bench.autocast)
+            finetune.update(model, optimizer, 0, settings)
+
+        def step_with_data():
+            latest.update(next(ahead))
             step()
-            synchronise(process)
-            times.append(time.perf_counter())
-        ahead = statistics.median(np.diff(times)[bench.settings.warmup:])
-    return {'read_and_roll_ms': seconds['read'] * 1e3, 'log_mel_and_augment_ms': seconds['spectrograms'] * 1e3,
-            'step_ms': seconds['step'] * 1e3, 'step_with_data_read_ahead_ms': ahead * 1e3,
-            'percent_of_step': (seconds['read'] + seconds['spectrograms']) / seconds['step'] * 100}
+        ms = {name: 1e3 * seconds for name, seconds in {
+            **median_seconds(bench, 'finetune_data', read=read, spectrograms=spectrograms, step=step),
+            **median_seconds(bench, 'finetune_data, read ahead', ahead=step_with_data)}.items()}
+    return {'read_and_roll_ms': ms['read'], 'log_mel_and_augment_ms': ms['spectrograms'], 'step_ms': ms['step'],
+            'step_with_data_read_ahead_ms': ms['ahead'],
+            'percent_of_step': (ms['read'] + ms['spectrograms']) / ms['step'] * 100}
 
 
 def measure_baseline(bench):
     """One step of the authors' arrangement in float32, of ours in float32, and of ours as `auto` and the settings have
     it, from the same kind of spectrograms; and the spectrograms of a batch as they and as we make them."""
-    settings, config, process = bench.settings.but(dataset=''), bench.config, bench.process
-    plain = make_bench(settings.but(compile=False, kernels='torch', dtype='float32'), config, process)
-    auto = make_bench(settings.but(dtype='auto'), config, process)
+    still, config, process = bench.but(dataset=''), bench.config, bench.process
+    settings, plain = still.settings, still.but(compile=False, kernels='torch', dtype='float32')
     try:
         model = authors.Arrangement(config).to(process.device)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     model.load_state_dict(ASDA(config).state_dict())
-    optimizer, spec, count = authors.make_optimizer(model, settings), spectrograms(plain)(), itertools.count()
+    optimizer, spec, count = authors.make_optimizer(model, settings), spectrograms(still)(), itertools.count()
     pcm, lengths = noise_pcm(settings.batch_size, samples_for(config.frames))
     spectrum = {'frames': config.frames, 'window': settings.window, 'mean': 0.0, 'std': 0.5}
 
     def theirs():
         number = next(count)
-        authors.train_step(model, optimizer, spec, masks_of(bench, number), settings,
+        authors.train_step(model, optimizer, spec, pretrain.masks(settings, config, number, process.device), settings,
                            pretrain.ema_decay_at(number, settings))
     seconds = median_seconds(
-        bench, 'baseline', authors_float32=theirs, ours_float32=training_step(plain), ours_auto=training_step(auto),
+        bench, 'baseline', authors_float32=theirs, ours_float32=training_step(plain),
+        ours_auto=training_step(still.but(dtype='auto')),
         authors_spectrograms=lambda: authors.spectrograms(pcm, lengths, **spectrum).to(process.device),
         ours_spectrograms=lambda: data.log_mel(pcm.to(process.device), lengths.to(process.device), **spectrum))
     pairs = (('authors_float32', 'ours_float32'), ('authors_float32', 'ours_auto'),
@@ -455,10 +455,9 @@ def check(settings, process):
 def run(argv):
     settings = configure(argv)
     process = processes.start(settings.device, settings.threads, settings.deterministic)
-    sections, config = check(settings, process), pretrain.model_config(settings)
-    bench, figures = make_bench(settings, config, process), {}
+    sections, bench, figures = check(settings, process), Bench(settings, process), {}
     settings, where = bench.settings, where_of(bench.settings, process)
-    process.print(config)
+    process.print(bench.config)
     if settings.everything:
         from tools import everything  # which imports this file
         return everything.run(bench, where)

@@ -22,8 +22,8 @@ from engine.files import replacing
 from engine.machine import cores
 from fast import forms, kernels
 from tools import bench as benching
-from tools.bench import SECTIONS, TARGETS, in_words, training_step, write_json
-from tools.measuring import make_bench, median_seconds, peak_memory, shown
+from tools.bench import SECTIONS, TARGETS, Bench, in_words, training_step, write_json
+from tools.measuring import median_seconds, peak_memory, shown
 
 DEMO = os.path.join(ROOT, 'config', 'demo.py')
 SPARE = 0.95                    # of a GPU's memory, to find the largest batch: the allocator needs some for itself
@@ -51,8 +51,7 @@ def measure_precision(bench):
     """Losses of the first steps in bfloat16 and in float32, from the same weights, clips, masks and noise."""
     losses = {}
     for dtype in ('float32', 'bfloat16'):
-        settings = bench.settings.but(dtype=dtype, warmup_steps=100)            # weights change, and not wildly
-        step = training_step(make_bench(settings, bench.config, bench.process))
+        step = training_step(bench.but(dtype=dtype, warmup_steps=100))          # weights change, and not wildly
         losses[dtype] = [float(step()) for _ in range(bench.settings.steps)]
     off = [abs(half - full) / full for full, half in zip(*losses.values())]
     return {'last loss in float32': losses['float32'][-1], 'last loss in bfloat16': losses['bfloat16'][-1],
@@ -63,8 +62,7 @@ def measure_largest(bench):
     """The step with as many clips as fit into the GPU: a line through the memory of batch_size clips and of twice as
     many says how many that are, less a tenth until it is true."""
     def measure(clips, repeats):
-        settings = bench.settings.but(batch_size=clips, accumulate=1)
-        step = training_step(make_bench(settings, bench.config, bench.process))
+        step = training_step(bench.but(batch_size=clips, accumulate=1))
         torch.cuda.reset_peak_memory_stats()
         seconds = median_seconds(bench, f'{clips} clips', step=step)['step'] if repeats else [step(), step()]
         return seconds, peak_memory(bench.process)
@@ -88,9 +86,7 @@ def measure_pretraining(bench):
     measures are means over the last tenth. Its clips are made if they are not in data_dir."""
     settings = bench.settings
     here = [DEMO, f'--device={bench.process.device.type}', f'--threads={settings.threads}', '--workers=0']
-    demo = benching.configure(here)
-    demo = make_bench(demo, pretrain.model_config(demo), bench.process)
-    demo.settings = demo.settings.but(steps=settings.steps, warmup=settings.warmup)
+    demo = Bench(benching.configure(here).but(steps=settings.steps, warmup=settings.warmup), bench.process)
     seconds = median_seconds(demo, 'pre-training', step=training_step(demo))['step']
     updates = max(int(settings.pretraining_seconds / seconds), 10)
     with tempfile.TemporaryDirectory() as folder:
@@ -182,7 +178,7 @@ def work(sender, name, values):
     try:
         with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere):
             process = processes.start(settings.device, settings.threads, settings.deterministic)
-            sender.send(FUNCTIONS[name](make_bench(settings, pretrain.model_config(settings), process)))
+            sender.send(FUNCTIONS[name](Bench(settings, process)))
     except torch.OutOfMemoryError:
         sender.send('too little memory on the device')
     except Exception as error:                                              # whatever it is, the others go on

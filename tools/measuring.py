@@ -9,18 +9,15 @@ import resource
 import statistics
 import sys
 import time
-from dataclasses import dataclass
 from json import dump
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-import configurator
-from audio import SAMPLE_RATE, WINDOWS
+from audio import N_MELS, SAMPLE_RATE, WINDOWS, frames_in
 from audio.clips import FORMAT_VERSION, open_clips
 from engine import processes
-from model import ASDAConfig
 
 CLASSES = 50                    # of synthetic labels, as ESC-50's
 
@@ -29,25 +26,6 @@ CLASSES = 50                    # of synthetic labels, as ESC-50's
 PEAKS = ((('H200', 'NVL'), 836, 60), (('H200',), 989, 67), (('H100', 'PCIe'), 756, 51), (('H100', 'NVL'), 836, 60),
          (('H100',), 989, 67), (('A100',), 312, 19.5), (('L40S',), 362, 91.6), (('L4',), 121, 30.3),
          (('RTX', '4090'), 165, 82.6), (('RTX', '3090'), 71, 35.6), (('V100',), None, 15.7), (('T4',), None, 8.1))
-
-
-@dataclass
-class Bench:
-    """What every section is given."""
-    settings: configurator.Settings
-    config: ASDAConfig
-    process: processes.Process
-    autocast: object                # a context maker
-
-    def to_device(self, batch):
-        return {name: value if name == 'noise_seed' else value.to(self.process.device, non_blocking=True)
-                for name, value in batch.items()}
-
-
-def make_bench(settings, config, process):
-    """In the precision that the settings name, or in what 'auto' chooses."""
-    autocast, dtype = processes.autocast(process, settings.dtype, config.n_embd)
-    return Bench(settings.but(dtype=dtype), config, process, autocast)
 
 
 def peak_flops(device_name, dtype):
@@ -116,7 +94,8 @@ def device_name(process):
 
 
 def write_noise(folder, clips, samples):
-    """A prepared set of white noise as prepare.py would pack it, without decoding. -> Clips"""
+    """A prepared set of white noise as prepare.py would pack it, without decoding; its statistics, mean 0 and deviation
+    0.5, are not the noise's. -> Clips"""
     rng = np.random.default_rng(0)
     base, lengths = os.path.join(folder, 'noise', 'train-00000'), np.full(clips, samples, np.int64)
     os.makedirs(os.path.dirname(base))
@@ -125,7 +104,8 @@ def write_noise(folder, clips, samples):
             rng.integers(-3000, 3000, samples, dtype=np.int16).tofile(f)
     np.savez(base + '.npz', offsets=np.cumsum(lengths) - lengths, lengths=lengths, keys=np.arange(clips).astype(str),
              labels=np.arange(clips, dtype=np.int32) % CLASSES, folds=np.full(clips, -1, np.int16),
-             hashes=np.arange(clips, dtype=np.uint32), stats=np.zeros((clips, len(WINDOWS), 2)))
+             hashes=np.arange(clips, dtype=np.uint32), stats=np.tile([0, frames_in(samples) * N_MELS / 4],
+                                                                    (clips, len(WINDOWS), 1)))
     with open(os.path.join(folder, 'noise', 'meta.json'), 'w', encoding='utf-8') as f:
         dump({'name': 'noise', 'version': FORMAT_VERSION, 'sample_rate': SAMPLE_RATE, 'folds': [],
               'classes': [str(i) for i in range(CLASSES)], 'multi_label': False, 'splits': {'train': {}}}, f)
