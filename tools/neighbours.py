@@ -7,6 +7,7 @@ Nearest by the cosine of clip embeddings, each number of which has the folder's 
 kept in an index file; later calls encode only files that are new or have changed (size or time), and forget those that
 are gone. Settings are the names below.
 """
+import contextlib
 import hashlib
 import os
 from urllib.parse import quote
@@ -76,21 +77,16 @@ def read_index(path, binding, width):
     return {name: (tuple(stamp), row) for name, stamp, row in zip(names.tolist(), stamps.tolist(), features)}
 
 
-def stamp_of(path):
-    """Size and time of change, or None of a file that is gone or a link that leads nowhere."""
-    try:
-        info = os.stat(path)
-    except OSError:
-        return None
-    return info.st_size, info.st_mtime_ns
-
-
 def updated(held, settings, model):
     """The index of the folder as it is now -> the same form, how many files were encoded. Those that cannot be read are
     named and left out. Raises DataError."""
     names = [name for _, name in list_source(settings.folder, '').audio()]
-    stamps = {name: stamp_of(os.path.join(settings.folder, name)) for name in names}
-    fresh = {name: held[name] for name in names if name in held and held[name][0] == stamps[name]}
+    stamps = {}
+    for name in names:
+        with contextlib.suppress(OSError):                                  # gone, or a link that leads nowhere
+            info = os.stat(os.path.join(settings.folder, name))
+            stamps[name] = info.st_size, info.st_mtime_ns
+    fresh = {name: held[name] for name in names if name in held and held[name][0] == stamps.get(name)}
     waves, encoded, to_do = {}, 0, [name for name in names if name not in fresh]
     for name in to_do:
         try:
