@@ -42,19 +42,8 @@ from fast import forms
 from fast.spectrogram import fbank
 from model import ASDA, Classifier
 from tools import authors_arrangement as authors
-from tools.describe import MODEL, flops
-from tools.measuring import (
-    CLASSES,
-    device_name,
-    median_seconds,
-    noise_pcm,
-    on_threads,
-    peak_flops,
-    peak_memory,
-    shown,
-    synchronise,
-    write_noise,
-)
+from tools.describe import flops
+from tools.measuring import Bench, noise_pcm, peak_flops, shown, threads, write_noise
 
 what = 'step,operators,with_data,data,fbank,masks,growth,prepare,finetune_data'    # what to measure, between commas
 everything = False              # measure all of it and more, each part in a process of its own, as tables in Markdown
@@ -74,28 +63,13 @@ TARGETS = {'mono_clips_per_second_per_core': 'at least 30', 'stereo_clips_per_se
            'waiting_over_ideal': 'at most 1.03'}
 FED_CLIPS, FED_RATE = 48, 400   # a step that only waits: its clips, and how many of them a second
 
-
-class Bench:
-    """What every section is given: settings, in which dtype is what 'auto' chooses, the model's config, the process,
-    and autocast, a context maker."""
-
-    def __init__(self, settings, process):
-        self.config, self.process = pretrain.model_config(settings), process
-        self.autocast, dtype = processes.autocast(process, settings.dtype, self.config.n_embd)
-        self.settings = settings.but(dtype=dtype)
-
-    def but(self, **changes):
-        """The same with some settings changed."""
-        return Bench(self.settings.but(**changes), self.process)
-
-
 # -------------------------------------------------------------------------------------------------------- clips to use
 
 def pretrain_loader(bench, clips, items):
     settings = bench.settings
     batches = data.PretrainBatches(clips, bench.config.frames, settings.batch_size, range(settings.batch_size),
                                    settings.seed, settings.short_clips == 'join')
-    return data.loader(batches, items, settings.workers, pin=bench.process.device.type == 'cuda')
+    return data.loader(batches, items, settings.workers, pin=bench.is_cuda)
 
 
 def packed_clips(bench, folder):
@@ -150,20 +124,20 @@ def training_step(bench):
 def measure_step(bench):
     """The whole step: time, memory, operations per second and their share of what a large matrix product, called in
     turn with it, reaches and of the device's peak."""
-    step, device, parts = training_step(bench), bench.process.device, flops(bench.config)
-    if device.type == 'cuda':
+    step, parts = training_step(bench), flops(bench.config)
+    if bench.is_cuda:
         torch.cuda.reset_peak_memory_stats()
     for _ in range(2):                                                      # the second has the optimizer's averages
         step()
-    memory, side = peak_memory(bench.process), 8192 if device.type == 'cuda' else 2048
-    pair = torch.randn(2, side, side, device=device)
+    memory, side = bench.peak_memory(), 8192 if bench.is_cuda else 2048
+    pair = torch.randn(2, side, side, device=bench.process.device)
     products = {dtype: functools.partial(torch.matmul, *pair.to(getattr(torch, dtype)))
                 for dtype in ('float32', 'bfloat16')}
-    measured = median_seconds(bench, 'step', step=step, **products)
+    measured = bench.seconds('step', step=step, **products)
     seconds = measured.pop('step')
     speed = sum(parts.values()) * bench.settings.batch_size / seconds
     matmul = {dtype: 2 * side ** 3 / its_seconds for dtype, its_seconds in measured.items()}
-    peak = peak_flops(device_name(bench.process), bench.settings.dtype)
+    peak = peak_flops(bench.device_name(), bench.settings.dtype)
     return {'ms': seconds * 1e3, 'clips_per_second': bench.settings.batch_size / seconds,
             'peak_memory_GiB': memory / 2 ** 30, 'TFLOP_per_second': speed / 1e12,
             **{f'matmul_TFLOP_per_second, {dtype}': its_speed / 1e12 for dtype, its_speed in matmul.items()},
@@ -175,23 +149,21 @@ def measure_step(bench):
 
 def profiled(bench):
     """The profile of three steps after those that warm up."""
-    step, cuda = training_step(bench), bench.process.device.type == 'cuda'
+    step = training_step(bench)
     for _ in range(max(bench.settings.warmup, 1)):
         step()
-    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile() as profiler:                              # of the CPU, and of a GPU where one is
         for _ in range(3):
             step()
-        synchronise(bench.process)
+        bench.synchronise()
     return profiler
 
 
 def measure_operators(bench):
     """The five operators (on a GPU: kernels) that take most time of their own, in percent of all of a step."""
-    cuda = bench.process.device.type == 'cuda'
-    times = {event.key: event.self_device_time_total if cuda else event.self_cpu_time_total
+    times = {event.key: event.self_device_time_total if bench.is_cuda else event.self_cpu_time_total
              for event in profiled(bench).key_averages()
-             if not cuda or event.device_type == torch.autograd.DeviceType.CUDA}
+             if not bench.is_cuda or event.device_type == torch.autograd.DeviceType.CUDA}
     return {f'percent in {name[:60]}': times[name] / sum(times.values()) * 100
             for name in sorted(times, key=times.get, reverse=True)[:5]}
 
@@ -208,11 +180,11 @@ def measure_with_data(bench):
         for name in [*sources] * 2:
             for _ in range(max(ready, settings.warmup)):
                 step(sources[name])
-            synchronise(bench.process)
+            bench.synchronise()
             began = time.perf_counter()
             for _ in range(settings.steps):
                 step(sources[name])
-            synchronise(bench.process)
+            bench.synchronise()
             seconds[name] += (time.perf_counter() - began) / 2 / settings.steps
         batches = iter(pretrain_loader(bench.but(batch_size=FED_CLIPS), clips, range(sys.maxsize)))
         wait = FED_CLIPS / FED_RATE
@@ -252,22 +224,21 @@ def measure_fbank(bench):
         for clip in wave:
             authors.clip_fbank(clip, window)
     for number in sorted({1, torch.get_num_threads()}):
-        contenders = {f'kaldi_ms_per_clip, threads = {number}': on_threads(number, clip_by_clip),
-                      f'ours_ms_per_clip, threads = {number}': on_threads(number, fbank, wave, lengths, window)}
-        measured = median_seconds(bench, f'fbank, threads = {number}', **contenders)
-        figures |= {name: seconds / len(wave) * 1e3 for name, seconds in measured.items()}
-        kaldi, ours = measured.values()
-        figures[f'kaldi_over_ours, threads = {number}'] = kaldi / ours
+        with threads(number):
+            seconds = bench.seconds(f'fbank, threads = {number}', kaldi=clip_by_clip,
+                                    ours=lambda: fbank(wave, lengths, window))
+        figures |= {f'{name}_ms_per_clip, threads = {number}': each / len(wave) * 1e3 for name, each in seconds.items()}
+        figures[f'kaldi_over_ours, threads = {number}'] = seconds['kaldi'] / seconds['ours']
     if device.type != 'cpu':
         there = wave.to(device), lengths.to(device), window
-        figures['ours_ms_per_clip, on the device'] = median_seconds(
-            bench, 'fbank', ours=lambda: fbank(*there))['ours'] / len(wave) * 1e3
+        figures['ours_ms_per_clip, on the device'] = bench.seconds(
+            'fbank', ours=lambda: fbank(*there))['ours'] / len(wave) * 1e3
     return figures
 
 
 def measure_masks(bench):
     """The block masks of a batch."""
-    seconds = median_seconds(bench, 'masks', masks=functools.partial(
+    seconds = bench.seconds('masks', masks=functools.partial(
         pretrain.masks, bench.settings, bench.config, 0, bench.process.device))
     return {'ms_per_batch': seconds['masks'] * 1e3}
 
@@ -283,7 +254,7 @@ def measure_growth(bench):
             key = tuple(getattr(changed.settings, unit) for unit in units)  # factor 1 is the same for all names
             if key not in measured:
                 step = training_step(changed)
-                measured[key] = median_seconds(bench, f'growth, {name} = {value}', step=step)['step']
+                measured[key] = bench.seconds(f'growth, {name} = {value}', step=step)['step']
             figures[f'ms, {name} = {value}'] = measured[key] * 1e3
         except (ConfigError, torch.OutOfMemoryError) as error:
             bench.process.print(f'growth: left out {name} = {value} ({str(error).splitlines()[0][:80]} ...)')
@@ -299,9 +270,9 @@ def measure_prepare(bench):
             path = os.path.join(folder, name + '.flac')
             soundfile.write(path, tones[:, None] + 0.05 * rng.standard_normal((len(t), channels)), 44100)
             assert not isinstance(prepare.pack_clip(('file', path), 3600), str)         # a str says why it failed
-            seconds = median_seconds(bench, f'prepare, {name}', pack=on_threads(
-                1, prepare.pack_clip, ('file', path), 3600))['pack']
-            figures[f'{name}_clips_per_second_per_core'] = 1 / seconds
+            with threads(1):
+                seconds = bench.seconds(name, pack=lambda path=path: prepare.pack_clip(('file', path), 3600))
+            figures[f'{name}_clips_per_second_per_core'] = 1 / seconds['pack']
     return figures
 
 
@@ -310,20 +281,20 @@ def measure_finetune_data(bench):
     with the defaults of finetune.py and noise-filled clips as long as the input. Then the step on batches that the
     workers read ahead, which on a GPU should cost no more."""
     config, process, size, latest = bench.config, bench.process, bench.settings.batch_size, {}
-    settings = configurator.configure(finetune.__file__, [], MODEL).but(batch_size=size, mixup=0.8)
+    settings = configurator.configure(finetune.__file__, [], pretrain.MODEL_SETTINGS).but(batch_size=size, mixup=0.8)
     with tempfile.TemporaryDirectory() as folder:
         clips = write_noise(folder, 2 * size, samples_for(config.frames))
         spectrum = pretrain.spectrum_of(clips, config, bench.settings)
         batches = data.FinetuneBatches(clips, config.frames, size, range(size), settings.seed, config.n_layer,
                                        settings.roll, settings.noise, settings.input_mask, settings.mixup)
         torch.manual_seed(settings.seed)
-        model = Classifier(dataclasses.replace(config, drop_path=settings.drop_path), CLASSES).to(process.device)
-        forms.apply(model)
+        model = Classifier(dataclasses.replace(config, drop_path=settings.drop_path), len(clips.classes))
+        forms.apply(model.to(process.device))
         optimizer = finetune.make_optimizer(model, settings, dataclasses.replace(process, rank=1))
         if bench.settings.compile and processes.can_compile(process):
             model.compile()
         loader = data.loader(batches, range(bench.settings.warmup + bench.settings.steps), bench.settings.workers,
-                             pin=process.device.type == 'cuda')
+                             pin=bench.is_cuda)
         count, ahead = itertools.count(), read_ahead(loader, process)
 
         def read():
@@ -340,8 +311,8 @@ def measure_finetune_data(bench):
             latest.update(next(ahead))
             step()
         ms = {name: 1e3 * seconds for name, seconds in {
-            **median_seconds(bench, 'finetune_data', read=read, spectrograms=spectrograms, step=step),
-            **median_seconds(bench, 'finetune_data, read ahead', ahead=step_with_data)}.items()}
+            **bench.seconds('finetune_data', read=read, spectrograms=spectrograms, step=step),
+            **bench.seconds('finetune_data, read ahead', ahead=step_with_data)}.items()}
     return {'read_and_roll_ms': ms['read'], 'log_mel_and_augment_ms': ms['spectrograms'], 'step_ms': ms['step'],
             'step_with_data_read_ahead_ms': ms['ahead'],
             'percent_of_step': (ms['read'] + ms['spectrograms']) / ms['step'] * 100}
@@ -365,8 +336,8 @@ def measure_baseline(bench):
         number = next(count)
         authors.train_step(model, optimizer, spec, pretrain.masks(settings, config, number, process.device), settings,
                            pretrain.ema_decay_at(number, settings))
-    seconds = median_seconds(
-        bench, 'baseline', authors_float32=theirs, ours_float32=training_step(plain),
+    seconds = bench.seconds(
+        'baseline', authors_float32=theirs, ours_float32=training_step(plain),
         ours_auto=training_step(still.but(dtype='auto')),
         authors_spectrograms=lambda: authors.spectrograms(pcm, lengths, **spectrum).to(process.device),
         ours_spectrograms=lambda: data.log_mel(pcm.to(process.device), lengths.to(process.device), **spectrum))
@@ -385,17 +356,17 @@ SECTIONS = {'step': measure_step, 'operators': measure_operators, 'with_data': m
 
 def write_profile(bench):
     """A trace of three steps in Chrome's format, and the operators that took longest."""
-    profiler, cuda = profiled(bench), bench.process.device.type == 'cuda'
+    profiler, clock = profiled(bench), 'cuda' if bench.is_cuda else 'cpu'
     with replacing(bench.settings.profile) as f:
         profiler.export_chrome_trace(f.name)                                # writes the temporary file itself
-    bench.process.print(profiler.key_averages().table(
-        sort_by='self_cuda_time_total' if cuda else 'self_cpu_time_total', row_limit=12, max_name_column_width=50))
+    bench.process.print(profiler.key_averages().table(sort_by=f'self_{clock}_time_total', row_limit=12,
+                                                      max_name_column_width=50))
 
 
-def where_of(settings, process):
+def where_of(bench):
     """What figures depend on beside the code."""
-    provenance = processes.provenance(process)
-    return {'device': device_name(process), 'cores': cores(), 'threads': provenance['threads'],
+    settings, provenance = bench.settings, processes.provenance(bench.process)
+    return {'device': bench.device_name(), 'cores': cores(), 'threads': provenance['threads'],
             'load': round(os.getloadavg()[0], 1),                           # other processes slow this one down
             'torch': provenance['torch'], 'dtype': settings.dtype, 'compile': settings.compile,
             'batch_size': settings.batch_size, 'clips': settings.dataset or 'synthetic',
@@ -423,12 +394,12 @@ def write_json(settings, where, figures, **more):
 def configure(argv):
     """The settings, on top of config/as2m.py (a GPU's 12 of its 48 clips) or config/demo.py if argv names no file; on a
     CPU everything is measured in miniature then."""
-    settings = configurator.configure(__file__, argv, (pretrain.__file__,), MODEL)
+    settings = configurator.configure(__file__, argv, (pretrain.__file__,), pretrain.MODEL_SETTINGS)
     if not any(argument.endswith('.py') for argument in argv):
         cuda = settings.device == 'cuda' or settings.device == 'auto' and torch.cuda.is_available()
         default = ['as2m.py', '--batch_size=12'] if cuda else ['demo.py', *MINIATURE * settings.everything]
         argv = [os.path.join(ROOT, 'config', default[0]), *default[1:], *argv]
-        settings = configurator.configure(__file__, argv, (pretrain.__file__,), MODEL)
+        settings = configurator.configure(__file__, argv, (pretrain.__file__,), pretrain.MODEL_SETTINGS)
     if not any(re.match(r'--dataset(=|$)', argument) for argument in argv):
         settings.dataset = ''                                               # a config file's set may not be here
     return settings
@@ -456,7 +427,7 @@ def run(argv):
     settings = configure(argv)
     process = processes.start(settings.device, settings.threads, settings.deterministic)
     sections, bench, figures = check(settings, process), Bench(settings, process), {}
-    settings, where = bench.settings, where_of(bench.settings, process)
+    settings, where = bench.settings, where_of(bench)
     process.print(bench.config)
     if settings.everything:
         from tools import everything  # which imports this file
