@@ -17,6 +17,7 @@ import warnings
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import configurator
 import data
@@ -125,8 +126,7 @@ def some_clips(settings):
 
 def energies(spec, config):
     """(B, frames, 128) -> (B, P) mean of every patch"""
-    rows, columns = config.patch_frames, config.patch_size
-    return spec.unflatten(2, (-1, columns)).unflatten(1, (-1, rows)).mean(dim=(2, 4)).flatten(1)
+    return F.avg_pool2d(spec, (config.patch_frames, config.patch_size)).flatten(1)
 
 
 def show(axis, picture, title='', config=None, **how):
@@ -158,14 +158,13 @@ def draw_masks(settings, plt):
 
 
 def attention_maps(encoder, spec):
-    """Per block, the softmax maps of every head, by the weights that the block uses. -> [(B, maps, h, 1 + P, 1 + P)]"""
-    config, found = encoder.config, []
-    maps, h = 2 if config.diff_lambda else 1, config.n_head
+    """Per block, both softmax maps of every head, by the weights that the block uses. -> [(B, 2, h, 1 + P, 1 + P)]"""
+    h, found = encoder.config.n_head, []
 
     def note(attention, inputs, _):
         (x,) = inputs
         B, N, D = x.shape
-        q, k = attention.qk(x).view(B, N, 2, maps, h, D // h).permute(2, 0, 3, 4, 1, 5)      # (B, maps, h, N, d) each
+        q, k = attention.qk(x).view(B, N, 2, 2, h, D // h).permute(2, 0, 3, 4, 1, 5)         # (B, 2, h, N, d) each
         found.append((q @ k.mT / math.sqrt(D // h)).softmax(dim=-1))
     hooks = [block.attn.register_forward_hook(note) for block in encoder.blocks]
     with torch.no_grad():
@@ -347,7 +346,7 @@ def draw_learned(settings, plt):
     order = np.random.default_rng(settings.seed).permutation(len(valid))
     asked = valid.select(order[np.sort(np.unique(valid.label[order], return_index=True)[1])[:3]])
     encoder = loaded.encoder.to(process.device).eval()
-    known, found = (torch.nn.functional.normalize(torch.from_numpy(x), dim=1) for x in standardised(*(
+    known, found = (F.normalize(torch.from_numpy(x), dim=1) for x in standardised(*(
         features(encoder, part, spectrum, process, autocast) for part in (train, asked))))
     similarity, nearest = (found @ known.T).topk(min(3, len(train)), dim=1)     # (asked, 3)
 
