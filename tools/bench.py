@@ -277,9 +277,9 @@ def measure_prepare(bench):
 
 
 def measure_finetune_data(bench):
-    """A fine-tuning batch, made in this process (read, roll, then log_mel and augment), beside the whole step on it,
-    with the defaults of finetune.py and noise-filled clips as long as the input. Then the step on batches that the
-    workers read ahead, which on a GPU should cost no more."""
+    """A fine-tuning batch, made in this process (read, roll, then log_mel and augment), beside the step on it (forward,
+    backward, AdamW), with the defaults of finetune.py and noise-filled clips as long as the input. Then the step with
+    all of it, read ahead by the workers, which on a GPU should cost no more than the step and log_mel."""
     config, process, size, latest = bench.config, bench.process, bench.settings.batch_size, {}
     settings = configurator.configure(finetune.__file__, [], pretrain.MODEL_SETTINGS).but(batch_size=size, mixup=0.8)
     with tempfile.TemporaryDirectory() as folder:
@@ -301,14 +301,19 @@ def measure_finetune_data(bench):
             latest.update(next(read_ahead([batches[next(count)]], process)))
 
         def spectrograms():
-            data.augment(data.log_mel(latest['pcm'], latest['lengths'], **spectrum, gain=latest['gain']), latest)
+            spec = data.log_mel(latest['pcm'], latest['lengths'], **spectrum, gain=latest['gain'])
+            latest['spec'], latest['mixed'] = data.augment(spec, latest)
 
         def step():
-            finetune.forward_backward(model, latest, spectrum, settings, False, process, bench.autocast)
+            with bench.autocast():
+                logits = model(latest['spec'], latest['draws'])
+            finetune.classification_loss(logits.float(), latest['mixed'], latest['label_sum'], settings,
+                                         multi_label=False).backward()
             finetune.update(model, optimizer, 0, settings)
 
         def step_with_data():
             latest.update(next(ahead))
+            spectrograms()
             step()
         ms = {name: 1e3 * seconds for name, seconds in {
             **bench.seconds('finetune_data', read=read, spectrograms=spectrograms, step=step),
