@@ -50,6 +50,8 @@ def pair(dtype, **changes):
             p += 0.1 * torch.randn_like(p)
     theirs = authors.Arrangement(config)
     theirs.load_state_dict(ours.state_dict())                               # strict: the same names and shapes
+    assert {type(module).__module__ for model in (theirs.encoder, theirs.teacher) for block in model.blocks
+            for module in (model, block, block.attn)} == {authors.__name__}
     return config, ours.to(dtype), theirs.to(dtype)
 
 
