@@ -76,9 +76,9 @@ def shared_memory(device):
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin // 1024
 
 
-def power_of_two(n, least=16):
+def power_of_two(n):
     """The size of a block that holds n: Triton's sizes are powers of two, its products at least 16 wide."""
-    return max(least, 1 << (n - 1).bit_length())
+    return max(16, 1 << (n - 1).bit_length())
 
 
 # -------------------------------------------------------------------------------------------------- grouped convolution
@@ -579,13 +579,18 @@ def compare(name, shape, device, dtype, timed=True):
 
 
 def examine(name, shape, device, dtype, timed=True):
-    """-> (error or None, plain ms, kernel ms) of compare; an error is a line that says what is wrong with the kernel.
-    """
-    (plain, plain_ms), (kernel, kernel_ms) = compare(name, shape, device, dtype, timed)
+    """-> plain ms, kernel ms of compare. Raises ValueError, one line, for a kernel that is wrong or does not run."""
+    if name == 'attention' and not diff_attention_fits(shape[1], shape[3], dtype):
+        raise ValueError(f'{shape[1]} tokens, heads of {shape[3]}, {dtype}: beyond what the kernel holds')
+    try:
+        (plain, plain_ms), (kernel, kernel_ms) = compare(name, shape, device, dtype, timed)
+    except Exception as error:              # whatever Triton, its compiler or the driver raise: training can go on
+        said, _, _ = str(error).strip().partition('\n')
+        raise ValueError(f'{type(error).__name__}: {said}') from None
     for what, error, allowed in zip(('result', *(f'gradient {i}' for i in range(9))), kernel, plain):
         if not error <= max(TOLERANCE * allowed, 1e-5):                         # not <=: nan is wrong too
-            return f'{what} is off by {error:.1e}, the plain expression by {allowed:.1e}', None, None
-    return None, plain_ms, kernel_ms
+            raise ValueError(f'{what} is off by {error:.1e}, the plain expression by {allowed:.1e}')
+    return plain_ms, kernel_ms
 
 
 def choose(mode, shapes, device, dtype, timed=True):
@@ -608,23 +613,16 @@ def choose(mode, shapes, device, dtype, timed=True):
         if why_not or shape is None:
             reasons[name] = why_not or 'this model has no such layer'
             continue
-        if name == 'attention' and not diff_attention_fits(shape[1], shape[3], dtype):
-            wrong = f'{shape[1]} tokens, heads of {shape[3]}, {dtype}: beyond what the kernel holds'
-        else:
-            try:
-                wrong, plain, kernel = examine(name, shape, device, dtype, timed)
-            except Exception as error:      # whatever Triton, its compiler or the driver raise: training can go on
-                wrong = f'{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ""}'
-        if wrong and mode == 'triton':
-            raise ValueError(f'kernels = triton, but {name}: {wrong}')
-        if wrong:
-            reasons[name] = wrong
+        try:
+            plain, kernel = examine(name, shape, device, dtype, timed)
+        except ValueError as error:
+            if mode == 'triton':
+                raise ValueError(f'kernels = triton, but {name}: {error}') from None
+            reasons[name] = str(error)
             continue
         choice[name] = 'triton' if mode == 'triton' or not timed or kernel < plain else 'torch'
-        reasons[name] = 'right, and not timed'
-        if timed:
-            reasons[name] = (f'forward and backward {kernel:.2f} ms in Triton ({tuned_name(name)}), '
-                             f'{plain:.2f} ms in PyTorch')
+        reasons[name] = (f'forward and backward {kernel:.2f} ms in Triton ({tuned_name(name)}), {plain:.2f} ms in '
+                         'PyTorch' if timed else 'right, and not timed')
     if torch.device(device).type == 'cuda':
         torch.cuda.empty_cache()            # what the trials held is not of the sizes that training asks for
     return choice, reasons

@@ -97,4 +97,4 @@ def test_too_little_memory_is_one_line(monkeypatch):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
     monkeypatch.setattr(describe, 'ASDA', full)
     with pytest.raises(describe.RunError, match='too little memory'):
-        describe.show_forward(ASDAConfig(), 1, torch.device('cpu'))
+        describe.show_forward(ASDAConfig(), torch.zeros(1, 16, 504, dtype=torch.bool))

@@ -289,7 +289,7 @@ def test_kernels_change_nothing_and_the_checkpoint_remembers_them(straight, data
     monkeypatch.setattr(kernels, 'diff_attention', noting('attention'))
     monkeypatch.setattr(kernels, 'diff_attention_fits', lambda N, d, dtype: N <= 7)         # 1 + 6 of 32 patches
     monkeypatch.setattr(kernels, 'unusable', lambda device: None)
-    monkeypatch.setattr(kernels, 'examine', lambda name, *_: (None, 2.0, {'conv': 1.0, 'attention': 3.0}[name]))
+    monkeypatch.setattr(kernels, 'examine', lambda name, *_: (2.0, {'conv': 1.0, 'attention': 3.0}[name]))
     base = [*RUN, f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out']
     result = call(pretrain.run, *base, '--max_steps=3', '--warmup_steps=2')
     assert result.code == 0 and used == {'conv'}, result.err

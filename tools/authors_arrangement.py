@@ -6,29 +6,19 @@ embedding; the two attention maps are made as matrices and subtracted; kept toke
 kept and noise tokens one after the other, gathered into their order; the loss is on gathered masked tokens; the
 spectrograms are made clip by clip on the CPU; clipping, AdamW and EMA go from tensor to tensor.
 
-The names of the parameters are those of ASDA, whose state_dict() it loads.
+The parameters are ASDA's, whose modules become these here: only what computes is written anew.
 """
 import math
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torchaudio.compliance import kaldi
 
-from model import NORM_EPS, TARGET_EPS, n_kept, position_table
+import model
+from model import ASDA, TARGET_EPS, n_kept
 
 
-class Attention(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        D = config.n_embd
-        self.config = config
-        self.qk = nn.Linear(D, (4 if config.diff_lambda else 2) * D)        # rows: Q1, Q2, K1, K2 (or Q, K)
-        self.v = nn.Linear(D, D)
-        self.proj = nn.Linear(D, D)
-        if config.head_norm != 'none':
-            self.norm = nn.LayerNorm(D, eps=TARGET_EPS)
-
+class Attention(model.DiffAttention):
     def heads(self, x):
         """(V, N, D) -> (V, h, N, d)"""
         V, N, D = x.shape
@@ -50,37 +40,18 @@ class Attention(nn.Module):
         if self.config.head_norm == 'per_head':
             y = F.layer_norm(y, y.shape[-1:], eps=TARGET_EPS).reshape(V, N, D) * self.norm.weight + self.norm.bias
         else:
-            y = y.reshape(V, N, D)
-            if self.config.head_norm == 'all':
-                y = self.norm(y)
+            y = self.norm(y.reshape(V, N, D))                               # of all heads together, or none
         return self.proj(y * self.config.attn_scale)
 
 
-class Block(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        hidden = round(config.n_embd * config.ffn_ratio)
-        self.attn = Attention(config)
-        self.norm1 = nn.LayerNorm(config.n_embd, eps=NORM_EPS)
-        self.mlp = nn.Sequential(nn.Linear(config.n_embd, hidden), nn.GELU(), nn.Linear(hidden, config.n_embd))
-        self.norm2 = nn.LayerNorm(config.n_embd, eps=NORM_EPS)
-
+class Block(model.Block):
     def forward(self, x):
         x = self.norm1(x + self.attn(x))
         t = self.mlp(x)
         return self.norm2(x + t), t
 
 
-class Encoder(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        patch = config.patch_frames, config.patch_size
-        self.patch_embed = nn.Conv2d(1, config.n_embd, patch, stride=patch)
-        self.cls = nn.Parameter(torch.zeros(1, 1, config.n_embd))
-        self.norm = nn.LayerNorm(config.n_embd, eps=NORM_EPS)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.register_buffer('positions', position_table(config), persistent=False)
-
+class Encoder(model.Encoder):
     def forward(self, spec, ids_keep=None):
         """spec (V, frames, n_mels), a clip per view; ids_keep (V, T) -> (V, 1 + T, D), [t of every block]"""
         x = self.patch_embed(spec.unsqueeze(1)).flatten(2).transpose(1, 2)  # (V, P, D)
@@ -95,37 +66,30 @@ class Encoder(nn.Module):
         return x, outputs
 
 
-class Decoder(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(config.n_embd, config.n_embd, 3, padding=1, groups=config.decoder_groups)
-                                   for _ in range(config.decoder_layers))
-        self.proj = nn.Linear(config.n_embd, config.n_embd)
-
-    def forward(self, tokens, grid):
+class Decoder(model.Decoder):
+    def forward(self, tokens):
         """(V, P, D) -> (V, P, D)"""
         V, P, D = tokens.shape
-        x = tokens.transpose(1, 2).reshape(V, D, *grid)                     # channels first
+        x = tokens.transpose(1, 2).reshape(V, D, *self.config.grid)         # channels first
         for conv in self.convs:
             y = conv(x).permute(0, 2, 3, 1)
             x = x + F.gelu(F.layer_norm(y, (D,), eps=TARGET_EPS).permute(0, 3, 1, 2))
         return self.proj(x.reshape(V, D, P).transpose(1, 2))
 
 
-class Arrangement(nn.Module):
+class Arrangement(ASDA):
     """ASDA in the authors' arrangement, for what their code has: CLS at the head, normed targets of all layers.
     Raises ValueError for another configuration."""
 
     def __init__(self, config):
-        super().__init__()
+        super().__init__(config)
         for name, theirs in (('cls_position', 'head'), ('pooling', 'cls'), ('utterance_target', 'normed'),
                              ('target_layers', 0)):
             if getattr(config, name) != theirs:
                 raise ValueError(f'{name} = {getattr(config, name)!r}: the authors\' arrangement has only {theirs!r}')
-        self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
-        self.teacher = Encoder(config).requires_grad_(False)
+        theirs = {form.__base__: form for form in (Attention, Block, Encoder, Decoder)}
+        for module in self.modules():
+            module.__class__ = theirs.get(type(module), type(module))
 
     @torch.no_grad()
     def targets(self, spec):
@@ -149,7 +113,7 @@ class Arrangement(nn.Module):
             filling = torch.gather(noise, 1, ids_shuffle[:, T:, None].expand(-1, -1, D))
         tokens = torch.cat([x[:, 1:], filling.to(x.dtype)], dim=1)
         tokens = torch.gather(tokens, 1, ids_restore.unsqueeze(-1).expand(-1, -1, D))
-        prediction = self.decoder(tokens, self.config.grid)[mask].float()   # (masked patches of all views, D)
+        prediction = self.decoder(tokens)[mask].float()   # (masked patches of all views, D)
         utterance_target = target.mean(dim=1).repeat_interleave(n, dim=0)
         target = target.repeat_interleave(n, dim=0)[mask]
         frame_loss = ((prediction - target) ** 2).sum(dim=-1).mean() / math.sqrt(D)
@@ -173,23 +137,12 @@ def make_optimizer(model, settings):
                              betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay, fused=False)
 
 
-@torch.no_grad()
-def clip_gradients(parameters, largest):
-    """Scale the gradients so that their total norm is at most `largest` (0: no clipping) -> the norm before."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]).norm()
-    if largest:
-        factor = (largest / (norm + 1e-6)).clamp_max(1.0)
-        for gradient in gradients:
-            gradient.mul_(factor)
-    return norm
-
-
 def train_step(model, optimizer, spec, mask, settings, ema_decay, noise=None):
     """One update of students and teacher -> loss, measures"""
     loss, measures = model(spec, mask, noise)
     loss.backward()
-    if clip_gradients(model.parameters(), settings.grad_clip).isfinite():
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf, foreach=False)
+    if norm.isfinite():
         optimizer.step()
         model.update_teacher(ema_decay)
     optimizer.zero_grad(set_to_none=True)

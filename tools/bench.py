@@ -17,7 +17,6 @@ import functools
 import itertools
 import os
 import re
-import statistics
 import sys
 import tempfile
 import time
@@ -34,7 +33,7 @@ import finetune
 import prepare
 import pretrain
 from audio import N_MELS, SAMPLE_RATE, samples_for
-from engine import processes, randomness
+from engine import processes
 from engine.errors import ROOT, ConfigError, RunError
 from engine.files import replacing
 from engine.machine import cores
@@ -43,20 +42,8 @@ from fast import forms
 from fast.spectrogram import fbank
 from model import ASDA, Classifier
 from tools import authors_arrangement as authors
-from tools.describe import MODEL, flops
-from tools.measuring import (
-    CLASSES,
-    device_name,
-    make_bench,
-    median_seconds,
-    noise_pcm,
-    on_threads,
-    peak_flops,
-    peak_memory,
-    shown,
-    synchronise,
-    write_noise,
-)
+from tools.describe import flops
+from tools.measuring import Bench, noise_pcm, peak_flops, shown, threads, write_noise
 
 what = 'step,operators,with_data,data,fbank,masks,growth,prepare,finetune_data'    # what to measure, between commas
 everything = False              # measure all of it and more, each part in a process of its own, as tables in Markdown
@@ -82,7 +69,7 @@ def pretrain_loader(bench, clips, items):
     settings = bench.settings
     batches = data.PretrainBatches(clips, bench.config.frames, settings.batch_size, range(settings.batch_size),
                                    settings.seed, settings.short_clips == 'join')
-    return data.loader(batches, items, settings.workers, pin=bench.process.device.type == 'cuda')
+    return data.loader(batches, items, settings.workers, pin=bench.is_cuda)
 
 
 def packed_clips(bench, folder):
@@ -100,12 +87,12 @@ def spectrograms(bench, clips=None):
         spec = torch.randn(settings.batch_size, config.frames, N_MELS, device=bench.process.device)
         return lambda: spec
     clips = clips or pretrain.training_clips(settings, bench.process)
-    mean, std = clips.statistics(settings.window) if settings.dataset else (0.0, 0.5)
+    spectrum = pretrain.spectrum_of(clips, config, settings)
     batches = read_ahead(pretrain_loader(bench, clips, range(sys.maxsize)), bench.process)
 
     def following():
         batch = next(batches)
-        return data.log_mel(batch['pcm'], batch['lengths'], config.frames, settings.window, mean, std)
+        return data.log_mel(batch['pcm'], batch['lengths'], **spectrum)
     return following
 
 
@@ -125,38 +112,32 @@ def training_step(bench):
 
     def step(spec=spec):
         number = next(count)
+        mask = pretrain.masks(settings, config, number, process.device)
         noise = pretrain.mask_noise(settings, config, number, range(settings.batch_size), process.device)
-        measures = pretrain.forward_backward(model, spec(), masks_of(bench, number), noise, settings, bench.autocast)
+        measures = pretrain.forward_backward(model, spec(), mask, noise, settings, bench.autocast)
         pretrain.update(model, optimizer, number, settings)
         model.update_teacher(pretrain.ema_decay_at(number, settings))
         return measures['loss']
     return step
 
 
-def masks_of(bench, number):
-    config = bench.config
-    generator = randomness.torch_random(bench.process.device, bench.settings.seed, 'mask', number)
-    return data.block_masks(bench.settings.batch_size, config.n_students, config.grid, config.mask_ratio,
-                            config.mask_block, generator, config.mask_adjust)
-
-
 def measure_step(bench):
     """The whole step: time, memory, operations per second and their share of what a large matrix product, called in
     turn with it, reaches and of the device's peak."""
-    step, device, parts = training_step(bench), bench.process.device, flops(bench.config)
-    if device.type == 'cuda':
+    step, parts = training_step(bench), flops(bench.config)
+    if bench.is_cuda:
         torch.cuda.reset_peak_memory_stats()
     for _ in range(2):                                                      # the second has the optimizer's averages
         step()
-    memory, side = peak_memory(bench.process), 8192 if device.type == 'cuda' else 2048
-    pair = torch.randn(2, side, side, device=device)
+    memory, side = bench.peak_memory(), 8192 if bench.is_cuda else 2048
+    pair = torch.randn(2, side, side, device=bench.process.device)
     products = {dtype: functools.partial(torch.matmul, *pair.to(getattr(torch, dtype)))
                 for dtype in ('float32', 'bfloat16')}
-    measured = median_seconds(bench, 'step', step=step, **products)
+    measured = bench.seconds('step', step=step, **products)
     seconds = measured.pop('step')
     speed = sum(parts.values()) * bench.settings.batch_size / seconds
     matmul = {dtype: 2 * side ** 3 / its_seconds for dtype, its_seconds in measured.items()}
-    peak = peak_flops(device_name(bench.process), bench.settings.dtype)
+    peak = peak_flops(bench.device_name(), bench.settings.dtype)
     return {'ms': seconds * 1e3, 'clips_per_second': bench.settings.batch_size / seconds,
             'peak_memory_GiB': memory / 2 ** 30, 'TFLOP_per_second': speed / 1e12,
             **{f'matmul_TFLOP_per_second, {dtype}': its_speed / 1e12 for dtype, its_speed in matmul.items()},
@@ -168,23 +149,21 @@ def measure_step(bench):
 
 def profiled(bench):
     """The profile of three steps after those that warm up."""
-    step, cuda = training_step(bench), bench.process.device.type == 'cuda'
+    step = training_step(bench)
     for _ in range(max(bench.settings.warmup, 1)):
         step()
-    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile() as profiler:                              # of the CPU, and of a GPU where one is
         for _ in range(3):
             step()
-        synchronise(bench.process)
+        bench.synchronise()
     return profiler
 
 
 def measure_operators(bench):
     """The five operators (on a GPU: kernels) that take most time of their own, in percent of all of a step."""
-    cuda = bench.process.device.type == 'cuda'
-    times = {event.key: event.self_device_time_total if cuda else event.self_cpu_time_total
+    times = {event.key: event.self_device_time_total if bench.is_cuda else event.self_cpu_time_total
              for event in profiled(bench).key_averages()
-             if not cuda or event.device_type == torch.autograd.DeviceType.CUDA}
+             if not bench.is_cuda or event.device_type == torch.autograd.DeviceType.CUDA}
     return {f'percent in {name[:60]}': times[name] / sum(times.values()) * 100
             for name in sorted(times, key=times.get, reverse=True)[:5]}
 
@@ -195,20 +174,20 @@ def measure_with_data(bench):
     as in training, each after the batches that the loader had ready, which say nothing of its speed."""
     settings, ready, seconds = bench.settings, 4 * bench.settings.workers + 2, {'without_data': 0, 'with_data': 0}
     with tempfile.TemporaryDirectory() as folder:
-        clips, still = packed_clips(bench, folder), dataclasses.replace(bench, settings=settings.but(dataset=''))
+        clips, still = packed_clips(bench, folder), bench.but(dataset='')
         step, sources = training_step(still), {'without_data': spectrograms(still),
                                                'with_data': spectrograms(bench, clips)}
         for name in [*sources] * 2:
             for _ in range(max(ready, settings.warmup)):
                 step(sources[name])
-            synchronise(bench.process)
+            bench.synchronise()
             began = time.perf_counter()
             for _ in range(settings.steps):
                 step(sources[name])
-            synchronise(bench.process)
+            bench.synchronise()
             seconds[name] += (time.perf_counter() - began) / 2 / settings.steps
-        fed = dataclasses.replace(bench, settings=settings.but(batch_size=FED_CLIPS))
-        batches, wait = iter(pretrain_loader(fed, clips, range(sys.maxsize))), FED_CLIPS / FED_RATE
+        batches = iter(pretrain_loader(bench.but(batch_size=FED_CLIPS), clips, range(sys.maxsize)))
+        wait = FED_CLIPS / FED_RATE
         for _ in range(ready):
             next(batches)
         free = began = time.perf_counter()
@@ -245,22 +224,23 @@ def measure_fbank(bench):
         for clip in wave:
             authors.clip_fbank(clip, window)
     for number in sorted({1, torch.get_num_threads()}):
-        contenders = {f'kaldi_ms_per_clip, threads = {number}': on_threads(number, clip_by_clip),
-                      f'ours_ms_per_clip, threads = {number}': on_threads(number, fbank, wave, lengths, window)}
-        measured = median_seconds(bench, f'fbank, threads = {number}', **contenders)
-        figures |= {name: seconds / len(wave) * 1e3 for name, seconds in measured.items()}
-        kaldi, ours = measured.values()
-        figures[f'kaldi_over_ours, threads = {number}'] = kaldi / ours
+        with threads(number):
+            seconds = bench.seconds(f'fbank, threads = {number}', kaldi=clip_by_clip,
+                                    ours=lambda: fbank(wave, lengths, window))
+        figures |= {f'{name}_ms_per_clip, threads = {number}': each / len(wave) * 1e3 for name, each in seconds.items()}
+        figures[f'kaldi_over_ours, threads = {number}'] = seconds['kaldi'] / seconds['ours']
     if device.type != 'cpu':
         there = wave.to(device), lengths.to(device), window
-        figures['ours_ms_per_clip, on the device'] = median_seconds(
-            bench, 'fbank', ours=lambda: fbank(*there))['ours'] / len(wave) * 1e3
+        figures['ours_ms_per_clip, on the device'] = bench.seconds(
+            'fbank', ours=lambda: fbank(*there))['ours'] / len(wave) * 1e3
     return figures
 
 
 def measure_masks(bench):
     """The block masks of a batch."""
-    return {'ms_per_batch': median_seconds(bench, 'masks', masks=lambda: masks_of(bench, 0))['masks'] * 1e3}
+    seconds = bench.seconds('masks', masks=functools.partial(
+        pretrain.masks, bench.settings, bench.config, 0, bench.process.device))
+    return {'ms_per_batch': seconds['masks'] * 1e3}
 
 
 def measure_growth(bench):
@@ -270,12 +250,11 @@ def measure_growth(bench):
     for name, factor in itertools.product(units, (0.5, 1, 2)):
         value = max(int(getattr(bench.settings, name) * factor) // units[name], 1) * units[name]
         try:
-            settings = bench.settings.but(**{name: value}, compile=False, dataset='')
-            key = settings.batch_size, settings.n_students, settings.frames         # factor 1 is the same for all names
+            changed = bench.but(**{name: value}, compile=False, dataset='')
+            key = tuple(getattr(changed.settings, unit) for unit in units)  # factor 1 is the same for all names
             if key not in measured:
-                step = training_step(dataclasses.replace(bench, settings=settings,
-                                                         config=pretrain.model_config(settings)))
-                measured[key] = median_seconds(bench, f'growth, {name} = {value}', step=step)['step']
+                step = training_step(changed)
+                measured[key] = bench.seconds(f'growth, {name} = {value}', step=step)['step']
             figures[f'ms, {name} = {value}'] = measured[key] * 1e3
         except (ConfigError, torch.OutOfMemoryError) as error:
             bench.process.print(f'growth: left out {name} = {value} ({str(error).splitlines()[0][:80]} ...)')
@@ -291,9 +270,9 @@ def measure_prepare(bench):
             path = os.path.join(folder, name + '.flac')
             soundfile.write(path, tones[:, None] + 0.05 * rng.standard_normal((len(t), channels)), 44100)
             assert not isinstance(prepare.pack_clip(('file', path), 3600), str)         # a str says why it failed
-            seconds = median_seconds(bench, f'prepare, {name}', pack=on_threads(
-                1, prepare.pack_clip, ('file', path), 3600))['pack']
-            figures[f'{name}_clips_per_second_per_core'] = 1 / seconds
+            with threads(1):
+                seconds = bench.seconds(name, pack=lambda path=path: prepare.pack_clip(('file', path), 3600))
+            figures[f'{name}_clips_per_second_per_core'] = 1 / seconds['pack']
     return figures
 
 
@@ -301,73 +280,70 @@ def measure_finetune_data(bench):
     """A fine-tuning batch, made in this process (read, roll, then log_mel and augment), beside the step on it (forward,
     backward, AdamW), with the defaults of finetune.py and noise-filled clips as long as the input. Then the step with
     all of it, read ahead by the workers, which on a GPU should cost no more than the step and log_mel."""
-    config, process = bench.config, bench.process
-    size = bench.settings.batch_size
-    settings = configurator.configure(finetune.__file__, [], MODEL).but(batch_size=size, mixup=0.8)
+    config, process, size, latest = bench.config, bench.process, bench.settings.batch_size, {}
+    settings = configurator.configure(finetune.__file__, [], pretrain.MODEL_SETTINGS).but(batch_size=size, mixup=0.8)
     with tempfile.TemporaryDirectory() as folder:
         clips = write_noise(folder, 2 * size, samples_for(config.frames))
+        spectrum = pretrain.spectrum_of(clips, config, bench.settings)
         batches = data.FinetuneBatches(clips, config.frames, size, range(size), settings.seed, config.n_layer,
                                        settings.roll, settings.noise, settings.input_mask, settings.mixup)
         torch.manual_seed(settings.seed)
-        model = Classifier(dataclasses.replace(config, drop_path=settings.drop_path), CLASSES).to(process.device)
-        forms.apply(model)
+        model = Classifier(dataclasses.replace(config, drop_path=settings.drop_path), len(clips.classes))
+        forms.apply(model.to(process.device))
         optimizer = finetune.make_optimizer(model, settings, dataclasses.replace(process, rank=1))
         if bench.settings.compile and processes.can_compile(process):
             model.compile()
-        count, latest = itertools.count(), {}
+        loader = data.loader(batches, range(bench.settings.warmup + bench.settings.steps), bench.settings.workers,
+                             pin=bench.is_cuda)
+        count, ahead = itertools.count(), read_ahead(loader, process)
 
         def read():
-            latest['batch'] = bench.to_device(batches[next(count)])
+            latest.update(next(read_ahead([batches[next(count)]], process)))
 
         def spectrograms():
-            batch = latest['batch']
-            spec = data.log_mel(batch['pcm'], batch['lengths'], config.frames, bench.settings.window, 0.0, 0.5,
-                                batch['gain'])
-            latest['spec'], latest['labels'] = data.augment(spec, batch)
+            spec = data.log_mel(latest['pcm'], latest['lengths'], **spectrum, gain=latest['gain'])
+            latest['spec'], latest['mixed'] = data.augment(spec, latest)
 
         def step():
             with bench.autocast():
-                logits = model(latest['spec'], latest['batch']['draws'])
-            finetune.classification_loss(logits.float(), latest['labels'], latest['batch']['label_sum'], settings,
+                logits = model(latest['spec'], latest['draws'])
+            finetune.classification_loss(logits.float(), latest['mixed'], latest['label_sum'], settings,
                                          multi_label=False).backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        seconds = median_seconds(bench, 'finetune_data', read=read, spectrograms=spectrograms, step=step)
-        loader = data.loader(batches, range(bench.settings.warmup + bench.settings.steps), bench.settings.workers,
-                             pin=process.device.type == 'cuda')
-        times = [time.perf_counter()]
-        for latest['batch'] in read_ahead(loader, process):
+            finetune.update(model, optimizer, 0, settings)
+
+        def step_with_data():
+            latest.update(next(ahead))
             spectrograms()
             step()
-            synchronise(process)
-            times.append(time.perf_counter())
-        ahead = statistics.median(np.diff(times)[bench.settings.warmup:])
-    return {'read_and_roll_ms': seconds['read'] * 1e3, 'log_mel_and_augment_ms': seconds['spectrograms'] * 1e3,
-            'step_ms': seconds['step'] * 1e3, 'step_with_data_read_ahead_ms': ahead * 1e3,
-            'percent_of_step': (seconds['read'] + seconds['spectrograms']) / seconds['step'] * 100}
+        ms = {name: 1e3 * seconds for name, seconds in {
+            **bench.seconds('finetune_data', read=read, spectrograms=spectrograms, step=step),
+            **bench.seconds('finetune_data, read ahead', ahead=step_with_data)}.items()}
+    return {'read_and_roll_ms': ms['read'], 'log_mel_and_augment_ms': ms['spectrograms'], 'step_ms': ms['step'],
+            'step_with_data_read_ahead_ms': ms['ahead'],
+            'percent_of_step': (ms['read'] + ms['spectrograms']) / ms['step'] * 100}
 
 
 def measure_baseline(bench):
     """One step of the authors' arrangement in float32, of ours in float32, and of ours as `auto` and the settings have
     it, from the same kind of spectrograms; and the spectrograms of a batch as they and as we make them."""
-    settings, config, process = bench.settings.but(dataset=''), bench.config, bench.process
-    plain = make_bench(settings.but(compile=False, kernels='torch', dtype='float32'), config, process)
-    auto = make_bench(settings.but(dtype='auto'), config, process)
+    still, config, process = bench.but(dataset=''), bench.config, bench.process
+    settings, plain = still.settings, still.but(compile=False, kernels='torch', dtype='float32')
     try:
         model = authors.Arrangement(config).to(process.device)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     model.load_state_dict(ASDA(config).state_dict())
-    optimizer, spec, count = authors.make_optimizer(model, settings), spectrograms(plain)(), itertools.count()
+    optimizer, spec, count = authors.make_optimizer(model, settings), spectrograms(still)(), itertools.count()
     pcm, lengths = noise_pcm(settings.batch_size, samples_for(config.frames))
     spectrum = {'frames': config.frames, 'window': settings.window, 'mean': 0.0, 'std': 0.5}
 
     def theirs():
         number = next(count)
-        authors.train_step(model, optimizer, spec, masks_of(bench, number), settings,
+        authors.train_step(model, optimizer, spec, pretrain.masks(settings, config, number, process.device), settings,
                            pretrain.ema_decay_at(number, settings))
-    seconds = median_seconds(
-        bench, 'baseline', authors_float32=theirs, ours_float32=training_step(plain), ours_auto=training_step(auto),
+    seconds = bench.seconds(
+        'baseline', authors_float32=theirs, ours_float32=training_step(plain),
+        ours_auto=training_step(still.but(dtype='auto')),
         authors_spectrograms=lambda: authors.spectrograms(pcm, lengths, **spectrum).to(process.device),
         ours_spectrograms=lambda: data.log_mel(pcm.to(process.device), lengths.to(process.device), **spectrum))
     pairs = (('authors_float32', 'ours_float32'), ('authors_float32', 'ours_auto'),
@@ -385,17 +361,17 @@ SECTIONS = {'step': measure_step, 'operators': measure_operators, 'with_data': m
 
 def write_profile(bench):
     """A trace of three steps in Chrome's format, and the operators that took longest."""
-    profiler, cuda = profiled(bench), bench.process.device.type == 'cuda'
+    profiler, clock = profiled(bench), 'cuda' if bench.is_cuda else 'cpu'
     with replacing(bench.settings.profile) as f:
         profiler.export_chrome_trace(f.name)                                # writes the temporary file itself
-    bench.process.print(profiler.key_averages().table(
-        sort_by='self_cuda_time_total' if cuda else 'self_cpu_time_total', row_limit=12, max_name_column_width=50))
+    bench.process.print(profiler.key_averages().table(sort_by=f'self_{clock}_time_total', row_limit=12,
+                                                      max_name_column_width=50))
 
 
-def where_of(settings, process):
+def where_of(bench):
     """What figures depend on beside the code."""
-    provenance = processes.provenance(process)
-    return {'device': device_name(process), 'cores': cores(), 'threads': provenance['threads'],
+    settings, provenance = bench.settings, processes.provenance(bench.process)
+    return {'device': bench.device_name(), 'cores': cores(), 'threads': provenance['threads'],
             'load': round(os.getloadavg()[0], 1),                           # other processes slow this one down
             'torch': provenance['torch'], 'dtype': settings.dtype, 'compile': settings.compile,
             'batch_size': settings.batch_size, 'clips': settings.dataset or 'synthetic',
@@ -423,12 +399,12 @@ def write_json(settings, where, figures, **more):
 def configure(argv):
     """The settings, on top of config/as2m.py (a GPU's 12 of its 48 clips) or config/demo.py if argv names no file; on a
     CPU everything is measured in miniature then."""
-    settings = configurator.configure(__file__, argv, (pretrain.__file__,), MODEL)
+    settings = configurator.configure(__file__, argv, (pretrain.__file__,), pretrain.MODEL_SETTINGS)
     if not any(argument.endswith('.py') for argument in argv):
         cuda = settings.device == 'cuda' or settings.device == 'auto' and torch.cuda.is_available()
         default = ['as2m.py', '--batch_size=12'] if cuda else ['demo.py', *MINIATURE * settings.everything]
         argv = [os.path.join(ROOT, 'config', default[0]), *default[1:], *argv]
-        settings = configurator.configure(__file__, argv, (pretrain.__file__,), MODEL)
+        settings = configurator.configure(__file__, argv, (pretrain.__file__,), pretrain.MODEL_SETTINGS)
     if not any(re.match(r'--dataset(=|$)', argument) for argument in argv):
         settings.dataset = ''                                               # a config file's set may not be here
     return settings
@@ -455,10 +431,9 @@ def check(settings, process):
 def run(argv):
     settings = configure(argv)
     process = processes.start(settings.device, settings.threads, settings.deterministic)
-    sections, config = check(settings, process), pretrain.model_config(settings)
-    bench, figures = make_bench(settings, config, process), {}
-    settings, where = bench.settings, where_of(bench.settings, process)
-    process.print(config)
+    sections, bench, figures = check(settings, process), Bench(settings, process), {}
+    settings, where = bench.settings, where_of(bench)
+    process.print(bench.config)
     if settings.everything:
         from tools import everything  # which imports this file
         return everything.run(bench, where)

@@ -12,13 +12,11 @@ import re
 import torch
 
 import configurator
-import data
 import pretrain
-from engine import processes, randomness
-from engine.errors import ROOT, ConfigError, RunError
+from engine import processes
+from engine.errors import ConfigError, RunError
 from model import ASDA, Classifier, count_parameters, n_kept
 
-MODEL = (os.path.join(ROOT, 'model.py'), 'ASDAConfig')
 CLASSES = 527                   # of AudioSet
 
 
@@ -91,15 +89,12 @@ def shapes_of(value):
     return ', '.join(str(tuple(each.shape)) for each in values if isinstance(each, torch.Tensor))
 
 
-def show_forward(config, seed, device):
+def show_forward(config, mask):
     """One clip of random numbers through ASDA.forward; what goes into and comes out of each kind of layer, as they are
     called: of blocks and convolutions the first."""
-    torch.manual_seed(seed)
     try:
-        model = ASDA(config).to(device)
-        spec = torch.randn(1, config.frames, config.n_mels, device=device)
-        mask = data.block_masks(1, config.n_students, config.grid, config.mask_ratio, config.mask_block,
-                                randomness.torch_random(device, seed, 'mask', 0), config.mask_adjust)
+        model = ASDA(config).to(mask.device)
+        spec = torch.randn(1, config.frames, config.n_mels, device=mask.device)
 
         def show(name):
             return lambda _, inputs, output: print(f'  {name:<28} {shapes_of(inputs)} -> {shapes_of(output)}')
@@ -109,7 +104,7 @@ def show_forward(config, seed, device):
             show('targets')(None, [spec], found)
             return found
         model.targets = targets
-        print(f'\nA forward pass of one clip of random numbers, with random weights, in float32 on {device}\n'
+        print(f'\nA forward pass of one clip of random numbers, with random weights, in float32 on {mask.device}\n'
               f'  {"spec":<28} {shapes_of(spec)}: clips, frames, mel bands\n'
               f'  {"mask":<28} {shapes_of(mask)}: clips, students, patches; {int((~mask[0, 0]).sum())} of '
               f'{mask.shape[2]} are False in each view: seen')
@@ -134,13 +129,14 @@ def run(argv):
         if os.path.basename(word).startswith('finetune'):
             raise ConfigError(f'{word} is of fine-tuning, which has its network from a checkpoint: name a config file '
                               'of pretrain.py')
-    settings = configurator.configure(pretrain.__file__, argv, MODEL)
+    settings = configurator.configure(pretrain.__file__, argv, pretrain.MODEL_SETTINGS)
     process = processes.start(settings.device, settings.threads)
     config = pretrain.model_config(settings)
     print(config)
     show_parts(config)
     show_operations(config)
-    show_forward(config, settings.seed, process.device)
+    torch.manual_seed(settings.seed)
+    show_forward(config, pretrain.masks(settings.but(batch_size=1), config, 0, process.device))
 
 
 def main():

@@ -47,7 +47,7 @@ class Embedder:
         self.path, self.encoder, self.spectrum, self.process, self.autocast, self.pool, self.layer, self.batch_size = (
             path, encoder, spectrum, process, autocast, pool, layer, batch_size)
         config = encoder.config
-        self.clip_size, self.row_size = width(config, pool), config.n_mels // config.patch_size * config.n_embd
+        self.clip_size, self.row_size = width(config, pool), config.grid[1] * config.n_embd
 
     def __call__(self, waves, rate):
         """-> (clips(waves, rate), *rows(waves, rate)): the encoder runs twice, so call the one that you need."""

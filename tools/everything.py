@@ -5,8 +5,8 @@ memory or the end of the budget, takes no other's figures, and each begins with 
 of what they are worth. What was not measured is named with the reason; files are written anew after every part.
 """
 import contextlib
-import json
 import os
+import statistics
 import tempfile
 import time
 
@@ -21,9 +21,9 @@ from engine.errors import ROOT, ConfigError
 from engine.files import replacing
 from engine.machine import cores
 from fast import forms, kernels
-from tools import bench as benching
-from tools.bench import SECTIONS, TARGETS, in_words, training_step, write_json
-from tools.measuring import make_bench, median_seconds, peak_memory, shown
+from tools.bench import SECTIONS, TARGETS, configure, in_words, training_step, write_json
+from tools.measuring import Bench, shown
+from tools.reference import read_log
 
 DEMO = os.path.join(ROOT, 'config', 'demo.py')
 SPARE = 0.95                    # of a GPU's memory, to find the largest batch: the allocator needs some for itself
@@ -51,8 +51,7 @@ def measure_precision(bench):
     """Losses of the first steps in bfloat16 and in float32, from the same weights, clips, masks and noise."""
     losses = {}
     for dtype in ('float32', 'bfloat16'):
-        settings = bench.settings.but(dtype=dtype, warmup_steps=100)            # weights change, and not wildly
-        step = training_step(make_bench(settings, bench.config, bench.process))
+        step = training_step(bench.but(dtype=dtype, warmup_steps=100))          # weights change, and not wildly
         losses[dtype] = [float(step()) for _ in range(bench.settings.steps)]
     off = [abs(half - full) / full for full, half in zip(*losses.values())]
     return {'last loss in float32': losses['float32'][-1], 'last loss in bfloat16': losses['bfloat16'][-1],
@@ -63,11 +62,10 @@ def measure_largest(bench):
     """The step with as many clips as fit into the GPU: a line through the memory of batch_size clips and of twice as
     many says how many that are, less a tenth until it is true."""
     def measure(clips, repeats):
-        settings = bench.settings.but(batch_size=clips, accumulate=1)
-        step = training_step(make_bench(settings, bench.config, bench.process))
+        step = training_step(bench.but(batch_size=clips, accumulate=1))
         torch.cuda.reset_peak_memory_stats()
-        seconds = median_seconds(bench, f'{clips} clips', step=step)['step'] if repeats else [step(), step()]
-        return seconds, peak_memory(bench.process)
+        seconds = bench.seconds(f'{clips} clips', step=step)['step'] if repeats else [step(), step()]
+        return seconds, bench.peak_memory()
     few = bench.settings.batch_size
     (_, first), (_, second) = (measure(clips, False) for clips in (few, 2 * few))
     room = SPARE * torch.cuda.get_device_properties(bench.process.device).total_memory
@@ -88,10 +86,8 @@ def measure_pretraining(bench):
     measures are means over the last tenth. Its clips are made if they are not in data_dir."""
     settings = bench.settings
     here = [DEMO, f'--device={bench.process.device.type}', f'--threads={settings.threads}', '--workers=0']
-    demo = benching.configure(here)
-    demo = make_bench(demo, pretrain.model_config(demo), bench.process)
-    demo.settings = demo.settings.but(steps=settings.steps, warmup=settings.warmup)
-    seconds = median_seconds(demo, 'pre-training', step=training_step(demo))['step']
+    demo = Bench(configure(here).but(steps=settings.steps, warmup=settings.warmup), bench.process)
+    seconds = demo.seconds('pre-training', step=training_step(demo))['step']
     updates = max(int(settings.pretraining_seconds / seconds), 10)
     with tempfile.TemporaryDirectory() as folder:
         data_dir = settings.data_dir
@@ -101,11 +97,12 @@ def measure_pretraining(bench):
         pretrain.run([*here, f'--max_steps={updates}', f'--warmup_steps={updates // 10}', '--eval_dataset=',
                       f'--log_interval={max(updates // 100, 1)}', f'--save_interval={updates}',
                       f'--data_dir={data_dir}', f'--out_dir={folder}/run'])
-        with open(os.path.join(folder, 'run', 'log.jsonl'), encoding='utf-8') as f:
-            lines = [line for line in map(json.loads, f) if 'content' in line]
-    last, (first, *_, end) = lines[-max(len(lines) // 10, 1):], lines
-    return {'updates': updates, 'updates_per_second': (end['step'] - first['step']) / (end['time'] - first['time']),
-            **{name: sum(line[name] for line in last) / len(last) for name in ('loss', 'content', 'place')}}
+        _, series, times = read_log(f'{folder}/run/log.jsonl')
+    steps, _ = series['content']
+    last = slice(-max(len(steps) // 10, 1), None)
+    return {'updates': updates,
+            'updates_per_second': (steps[-1] - steps[0]) / (times[steps[-1]] - times[steps[0]]),
+            **{name: statistics.mean(series[name][1][last]) for name in ('loss', 'content', 'place')}}
 
 
 FUNCTIONS = {**SECTIONS, 'kernels': measure_kernels, 'precision': measure_precision, 'largest': measure_largest,
@@ -116,43 +113,40 @@ FUNCTIONS = {**SECTIONS, 'kernels': measure_kernels, 'precision': measure_precis
 
 def parts(settings):
     """[(table, column, its function's name, the settings that differ)] in the order of what they are worth."""
-    small, large = ({'batch_size': clips, 'accumulate': 1} for clips in (settings.batch_size, 4 * settings.batch_size))
     plain, both = {'compile': False, 'kernels': 'torch'}, {'compile': False, 'kernels': 'conv,attention'}
     compiled = {'compile': True, 'compile_mode': 'default'}
-    on_few, on_many = (f'The step of {size["batch_size"]} clips' for size in (small, large))
-    forms_of_it = {'plain': plain, 'conv': {**plain, 'kernels': 'conv'}, 'attention': {**plain, 'kernels': 'attention'},
-                   'both kernels': both}
-    return [('Kernels', 'measured', 'kernels', small),
-            *((on_few, column, 'step', {**small, **form}) for column, form in forms_of_it.items()),
-            *((on_many, column, 'step', {**large, **form}) for column, form in forms_of_it.items()),
-            ('Losses', 'measured', 'precision', {**small, **plain}),
-            ('Operators of the plain step', 'measured', 'operators', {**small, **plain}),
-            ('Steps with data', 'measured', 'with_data', {**large, **plain}),
-            *((title, 'measured', name, {**large, **plain}) for title, name in (
-                ('Data path', 'data'), ('Filterbank', 'fbank'), ('Masks', 'masks'))),
-            (on_many, 'compiled', 'step', {**large, **plain, **compiled}),
-            (on_many, 'compiled, both kernels', 'step', {**large, **both, **compiled}),
+    few, many = ({'batch_size': clips, 'accumulate': 1} for clips in (settings.batch_size, 4 * settings.batch_size))
+    on_few, on_many = (f'The step of {size["batch_size"]} clips' for size in (few, many))
+    return [('Kernels', 'measured', 'kernels', few),
+            *((title, column, 'step', {**size, **plain, 'kernels': names})
+              for title, size in ((on_few, few), (on_many, many))
+              for column, names in (('plain', 'torch'), ('conv', 'conv'), ('attention', 'attention'),
+                                    ('both kernels', 'conv,attention'))),
+            ('Losses', 'measured', 'precision', {**few, **plain}),
+            ('Operators of the plain step', 'measured', 'operators', {**few, **plain}),
+            ('Steps with data', 'measured', 'with_data', {**many, **plain}),
+            ('Data path', 'measured', 'data', {**many, **plain}),
+            ('Filterbank', 'measured', 'fbank', {**many, **plain}),
+            ('Masks', 'measured', 'masks', {**many, **plain}),
+            (on_many, 'compiled', 'step', {**many, **plain, **compiled}),
+            (on_many, 'compiled, both kernels', 'step', {**many, **both, **compiled}),
             ('A short pre-training', 'measured', 'pretraining', plain),
-            ('Growth', 'measured', 'growth', {**small, **plain}),
-            ('The largest batch', 'both kernels', 'largest', {**small, **both}),
-            (on_few, 'compiled, both kernels', 'step', {**small, **both, **compiled}),
-            *((on_few, f'{mode}, both kernels', 'step', {**small, **both, 'compile': True, 'compile_mode': mode})
-              for mode in pretrain.COMPILE_MODES if mode != 'default')]
+            ('Growth', 'measured', 'growth', {**few, **plain}),
+            ('The largest batch', 'both kernels', 'largest', {**few, **both}),
+            *((on_few, f'{"compiled" if mode == "default" else mode}, both kernels', 'step',
+               {**few, **both, 'compile': True, 'compile_mode': mode}) for mode in pretrain.COMPILE_MODES)]
 
 
-def unable(process):
-    """-> a function of a part's function name and settings that says why this device cannot measure it, or None"""
+def why_not(name, changes, process, compiles):
+    """Why this device cannot measure the part of a function and settings, or None."""
     no_kernels, cuda = kernels.unusable(process.device), process.device.type == 'cuda'
-    compiles = processes.can_compile(process)
-
-    def why(name, changes):
-        if no_kernels and (name == 'kernels' or changes.get('kernels') not in ('torch', None)):
-            return no_kernels
-        if changes.get('compile') and not compiles:
-            return 'torch.compile does not work'
-        if not cuda and (name == 'largest' or pretrain.COMPILE_MODES[changes.get('compile_mode', 'default')]):
-            return 'no CUDA'
-    return why
+    if no_kernels and (name == 'kernels' or changes.get('kernels') not in ('torch', None)):
+        return no_kernels
+    if changes.get('compile') and not compiles:
+        return 'torch.compile does not work'
+    if not cuda and (name == 'largest' or pretrain.COMPILE_MODES[changes.get('compile_mode', 'default')]):
+        return 'no CUDA'
+    return None
 
 
 def in_a_process(name, settings, limit):
@@ -182,7 +176,7 @@ def work(sender, name, values):
     try:
         with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere):
             process = processes.start(settings.device, settings.threads, settings.deterministic)
-            sender.send(FUNCTIONS[name](make_bench(settings, pretrain.model_config(settings), process)))
+            sender.send(FUNCTIONS[name](Bench(settings, process)))
     except torch.OutOfMemoryError:
         sender.send('too little memory on the device')
     except Exception as error:                                              # whatever it is, the others go on
@@ -192,11 +186,10 @@ def work(sender, name, values):
 def run(bench, where):
     """Measure every part, and write what there is after each."""
     settings, process, began = bench.settings, bench.process, time.perf_counter()
-    figures, seconds, reasons, why_not = {}, {}, {}, unable(process)
+    figures, seconds, reasons, compiles = {}, {}, {}, processes.can_compile(process)
     for table, column, name, changes in parts(settings):
         part, left = f'{table}: {column}', settings.budget - (time.perf_counter() - began)
-        reason = why_not(name, changes)
-        if reason:
+        if reason := why_not(name, changes, process, compiles):
             reasons[part] = f'not on this device ({reason})'
         elif left <= (1.2 * settings.pretraining_seconds if name == 'pretraining' else 0):
             reasons[part] = f'left out: {max(left, 0):.0f} s of the budget of {settings.budget:g} s were left'
@@ -227,8 +220,8 @@ def run(bench, where):
 
 def markdown(where, all_parts, figures, seconds, reasons):
     """A table for every group of parts, a row for every figure, a column for every part that has some."""
-    lines, titles = [in_words(where), ''], dict.fromkeys(table for table, *_ in all_parts)
-    for title in titles:
+    lines = [in_words(where), '']
+    for title in dict.fromkeys(table for table, *_ in all_parts):
         columns = {column: figures[f'{title}: {column}'] for table, column, *_ in all_parts
                    if table == title and f'{title}: {column}' in figures}
         if not columns:
@@ -236,8 +229,7 @@ def markdown(where, all_parts, figures, seconds, reasons):
         lines += [f'### {title}', '', f'| | {" | ".join(columns)} |', '|---|' + '---|' * len(columns)]
         for name in dict.fromkeys(name for values in columns.values() for name in values):
             asked = f' ({TARGETS[name]})' if name in TARGETS else ''
-            cells = [values.get(name, '') for values in columns.values()]
-            cells = [cell if isinstance(cell, str) else shown(cell) for cell in cells]
+            cells = [shown(values.get(name, '')) for values in columns.values()]
             lines += [f'| {name.replace("_", " ")}{asked} | {" | ".join(cells)} |']
         times = [f'{seconds[f"{title}: {column}"]:.0f}' for column in columns]
         lines += [f'| measuring it, s | {" | ".join(times)} |', '']

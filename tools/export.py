@@ -13,13 +13,12 @@ import json
 import torch
 
 import configurator
-from checkpoints.opening import open_checkpoint
 from engine import processes
-from engine.errors import ConfigError
 from engine.files import replacing
 from model import Encoder
 from scoring.features import states
 from scoring.outputs import check_output
+from tools.embeddings import load
 
 ckpt = ''               # the checkpoint
 out = 'encoder.pt2'     # the file to write
@@ -38,27 +37,19 @@ class Rows(torch.nn.Module):
         return x.flatten(2), cls
 
 
-def exported(loaded, layer):
-    """-> torch.export.ExportedProgram of a checkpoint's encoder, in float32, for any number of clips."""
-    encoder = Encoder(loaded.config).eval()                                 # without the forms of one machine
-    encoder.load_state_dict(loaded.encoder.state_dict())
-    spec = torch.zeros(2, loaded.spectrum['frames'], loaded.config.n_mels)
-    with torch.no_grad():
-        return torch.export.export(Rows(encoder, layer), (spec,), dynamic_shapes=({0: torch.export.Dim('clips')},))
-
-
 def run(argv):
     settings = configurator.configure(__file__, argv)
     check_output(settings.out, '.pt2', settings.ckpt)
-    loaded = open_checkpoint(settings.ckpt)
-    if not 0 <= settings.layer <= loaded.config.n_layer:
-        raise ConfigError(f'layer = {settings.layer}, but {settings.ckpt} has {loaded.config.n_layer} blocks')
-    program = exported(loaded, settings.layer)
+    model = load(settings.ckpt, layer=settings.layer, device='cpu')
+    config = model.encoder.config
+    encoder = Encoder(config).eval()                                        # without the forms of one machine
+    encoder.load_state_dict(model.encoder.state_dict())
+    spec, any_number = torch.zeros(2, config.frames, config.n_mels), {0: torch.export.Dim('clips')}
+    with torch.no_grad():
+        program = torch.export.export(Rows(encoder, settings.layer), (spec,), dynamic_shapes=(any_number,))
     with replacing(settings.out, 'wb') as f:
-        torch.export.save(program, f, extra_files={'input.json': json.dumps(loaded.spectrum)})
-    config = loaded.config
-    print(f'{settings.out}: (B, {loaded.spectrum["frames"]}, {config.n_mels}) -> (B, '
-          f'{loaded.spectrum["frames"] // config.patch_frames}, {config.n_mels // config.patch_size * config.n_embd}), '
+        torch.export.save(program, f, extra_files={'input.json': json.dumps(model.spectrum)})
+    print(f'{settings.out}: (B, {config.frames}, {config.n_mels}) -> (B, {config.grid[0]}, {model.row_size}), '
           f'(B, {config.n_embd})')
 
 

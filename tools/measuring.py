@@ -2,6 +2,7 @@
 
 This file must not know what is measured.
 """
+import contextlib
 import os
 import platform
 import re
@@ -9,18 +10,16 @@ import resource
 import statistics
 import sys
 import time
-from dataclasses import dataclass
 from json import dump
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-import configurator
-from audio import SAMPLE_RATE, WINDOWS
+import pretrain
+from audio import N_MELS, SAMPLE_RATE, WINDOWS, frames_in
 from audio.clips import FORMAT_VERSION, open_clips
 from engine import processes
-from model import ASDAConfig
 
 CLASSES = 50                    # of synthetic labels, as ESC-50's
 
@@ -31,23 +30,52 @@ PEAKS = ((('H200', 'NVL'), 836, 60), (('H200',), 989, 67), (('H100', 'PCIe'), 75
          (('RTX', '4090'), 165, 82.6), (('RTX', '3090'), 71, 35.6), (('V100',), None, 15.7), (('T4',), None, 8.1))
 
 
-@dataclass
 class Bench:
-    """What every section is given."""
-    settings: configurator.Settings
-    config: ASDAConfig
-    process: processes.Process
-    autocast: object                # a context maker
+    """What every measurement is given: settings, whose dtype is what 'auto' chooses, the model's config, process,
+    and autocast, a context maker."""
 
-    def to_device(self, batch):
-        return {name: value if name == 'noise_seed' else value.to(self.process.device, non_blocking=True)
-                for name, value in batch.items()}
+    def __init__(self, settings, process):
+        self.config, self.process = pretrain.model_config(settings), process
+        self.autocast, dtype = processes.autocast(process, settings.dtype, self.config.n_embd)
+        self.settings, self.is_cuda = settings.but(dtype=dtype), process.device.type == 'cuda'
 
+    def but(self, **changes):
+        """The same with some settings changed."""
+        return Bench(self.settings.but(**changes), self.process)
 
-def make_bench(settings, config, process):
-    """In the precision that the settings name, or in what 'auto' chooses."""
-    autocast, dtype = processes.autocast(process, settings.dtype, config.n_embd)
-    return Bench(settings.but(dtype=dtype), config, process, autocast)
+    def synchronise(self):
+        if self.process.device.type != 'cpu':
+            torch.accelerator.synchronize()
+
+    def seconds(self, title, **functions):
+        """{name: median seconds of a call}; the functions are called in turn, A B A B ..., so that whatever else the
+        machine does falls on all of them."""
+        times = {name: [] for name in functions}
+        rounds = self.settings.warmup + self.settings.steps
+        with tqdm(total=rounds * len(functions), desc=title, leave=False, delay=1) as bar:
+            for _ in range(rounds):
+                for name, function in functions.items():
+                    self.synchronise()
+                    began = time.perf_counter()
+                    function()
+                    self.synchronise()
+                    times[name].append(time.perf_counter() - began)
+                    bar.update()
+        return {name: statistics.median(values[self.settings.warmup:]) for name, values in times.items()}
+
+    def peak_memory(self):
+        """Bytes: most that PyTorch had allocated on a GPU at a time, or most that this process has ever held in RAM."""
+        if self.is_cuda:
+            return torch.cuda.max_memory_allocated()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+
+    def device_name(self):
+        """The GPU's name, or the CPU's as Linux tells it."""
+        if self.process.device.type == 'cpu' and os.path.exists('/proc/cpuinfo'):
+            with open('/proc/cpuinfo', encoding='utf-8') as f:
+                named = re.search(r'^model name\s*: (.+)$', f.read(), re.M)
+            return named[1].strip() if named else platform.machine()
+        return processes.provenance(self.process)['device']
 
 
 def peak_flops(device_name, dtype):
@@ -62,61 +90,25 @@ def peak_flops(device_name, dtype):
     return None
 
 
-def synchronise(process):
-    if process.device.type != 'cpu':
-        torch.accelerator.synchronize()
-
-
-def median_seconds(bench, title, **functions):
-    """{name: median seconds of a call}; the functions are called in turn, A B A B ..., so that whatever else the
-    machine does falls on all of them."""
-    times = {name: [] for name in functions}
-    rounds = bench.settings.warmup + bench.settings.steps
-    with tqdm(total=rounds * len(functions), desc=title, leave=False, delay=1) as bar:
-        for _ in range(rounds):
-            for name, function in functions.items():
-                synchronise(bench.process)
-                began = time.perf_counter()
-                function()
-                synchronise(bench.process)
-                times[name].append(time.perf_counter() - began)
-                bar.update()
-    return {name: statistics.median(seconds[bench.settings.warmup:]) for name, seconds in times.items()}
-
-
-def on_threads(number, function, *arguments):
-    """function(*arguments) to be called later, with that number of CPU threads."""
-    def call():
-        before = torch.get_num_threads()
-        torch.set_num_threads(number)
-        function(*arguments)
-        torch.set_num_threads(before)
-    return call
-
-
-def peak_memory(process):
-    """Bytes: most that PyTorch had allocated on a GPU at a time, or most that this process has ever held in RAM."""
-    if process.device.type == 'cuda':
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+@contextlib.contextmanager
+def threads(number):
+    """In its `with`, so many CPU threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    yield
+    torch.set_num_threads(before)
 
 
 def shown(value):
-    """A figure as tables have it."""
+    """A figure, or words instead of one, as tables have it."""
+    if isinstance(value, str):
+        return value
     return f'{value:,.0f}' if value >= 1000 else f'{value:.4g}'
 
 
-def device_name(process):
-    """The GPU's name, or the CPU's as Linux tells it."""
-    if process.device.type == 'cpu' and os.path.exists('/proc/cpuinfo'):
-        with open('/proc/cpuinfo', encoding='utf-8') as f:
-            named = re.search(r'^model name\s*: (.+)$', f.read(), re.M)
-        return named[1].strip() if named else platform.machine()
-    return processes.provenance(process)['device']
-
-
 def write_noise(folder, clips, samples):
-    """A prepared set of white noise as prepare.py would pack it, without decoding. -> Clips"""
+    """A prepared set of white noise as prepare.py would pack it, without decoding; its statistics, mean 0 and deviation
+    0.5, are not the noise's. -> Clips"""
     rng = np.random.default_rng(0)
     base, lengths = os.path.join(folder, 'noise', 'train-00000'), np.full(clips, samples, np.int64)
     os.makedirs(os.path.dirname(base))
@@ -125,7 +117,8 @@ def write_noise(folder, clips, samples):
             rng.integers(-3000, 3000, samples, dtype=np.int16).tofile(f)
     np.savez(base + '.npz', offsets=np.cumsum(lengths) - lengths, lengths=lengths, keys=np.arange(clips).astype(str),
              labels=np.arange(clips, dtype=np.int32) % CLASSES, folds=np.full(clips, -1, np.int16),
-             hashes=np.arange(clips, dtype=np.uint32), stats=np.zeros((clips, len(WINDOWS), 2)))
+             hashes=np.arange(clips, dtype=np.uint32), stats=np.tile([0, frames_in(samples) * N_MELS / 4],
+                                                                    (clips, len(WINDOWS), 1)))
     with open(os.path.join(folder, 'noise', 'meta.json'), 'w', encoding='utf-8') as f:
         dump({'name': 'noise', 'version': FORMAT_VERSION, 'sample_rate': SAMPLE_RATE, 'folds': [],
               'classes': [str(i) for i in range(CLASSES)], 'multi_label': False, 'splits': {'train': {}}}, f)

@@ -7,6 +7,7 @@ Nearest by the cosine of clip embeddings, each number of which has the folder's 
 kept in an index file; later calls encode only files that are new or have changed (size or time), and forget those that
 are gone. Settings are the names below.
 """
+import contextlib
 import hashlib
 import os
 from urllib.parse import quote
@@ -15,8 +16,7 @@ import numpy as np
 import torch
 
 import configurator
-import data
-from audio import SAMPLE_RATE, frames_in, samples_for
+from audio import SAMPLE_RATE
 from audio.decoding import decode_file
 from audio.sources import ARCHIVE_ERRORS, list_source
 from engine import processes, ranges
@@ -24,6 +24,7 @@ from engine.errors import ConfigError, DataError
 from engine.files import printable, replacing
 from scoring.outputs import check_output
 from scoring.probes import standardised
+from tools import viz
 from tools.embeddings import clips_of, load
 
 ckpt = ''               # the checkpoint
@@ -53,10 +54,7 @@ def index_path(settings):
 
 def bound_to(settings):
     """A text that changes with the checkpoint's content, the folder and what else decides the features."""
-    content = hashlib.sha256()
-    with open(settings.ckpt, 'rb') as f:
-        while block := f.read(1 << 20):
-            content.update(block)
+    content = hashlib.sha256(np.memmap(settings.ckpt, mode='r'))
     return repr((content.hexdigest(), os.path.realpath(settings.folder), settings.pool, settings.layer))
 
 
@@ -79,21 +77,16 @@ def read_index(path, binding, width):
     return {name: (tuple(stamp), row) for name, stamp, row in zip(names.tolist(), stamps.tolist(), features)}
 
 
-def stamp_of(path):
-    """Size and time of change, or None of a file that is gone or a link that leads nowhere."""
-    try:
-        info = os.stat(path)
-    except OSError:
-        return None
-    return info.st_size, info.st_mtime_ns
-
-
 def updated(held, settings, model):
     """The index of the folder as it is now -> the same form, how many files were encoded. Those that cannot be read are
     named and left out. Raises DataError."""
     names = [name for _, name in list_source(settings.folder, '').audio()]
-    stamps = {name: stamp_of(os.path.join(settings.folder, name)) for name in names}
-    fresh = {name: held[name] for name in names if name in held and held[name][0] == stamps[name]}
+    stamps = {}
+    for name in names:
+        with contextlib.suppress(OSError):                                  # gone, or a link that leads nowhere
+            info = os.stat(os.path.join(settings.folder, name))
+            stamps[name] = info.st_size, info.st_mtime_ns
+    fresh = {name: held[name] for name in names if name in held and held[name][0] == stamps.get(name)}
     waves, encoded, to_do = {}, 0, [name for name in names if name not in fresh]
     for name in to_do:
         try:
@@ -132,21 +125,15 @@ def nearest(held, features, top_k, not_this=None):
 
 def draw(path, sounds, spectrum):
     """A picture of log-mels, one below another, at most the first frames of each. sounds: (title, path) of each."""
-    from tools.viz import NARROW, pyplot
-    pyplot = pyplot()
-    figure, axes = pyplot.subplots(len(sounds), 1, figsize=(NARROW, 0.4 + 0.9 * len(sounds)), squeeze=False,
-                                   sharex=True, layout='constrained')
+    figure, axes = viz.pyplot().subplots(len(sounds), 1, figsize=(viz.NARROW, 0.4 + 0.9 * len(sounds)), squeeze=False,
+                                         sharex=True)
     for (title, file), axis in zip(sounds, axes[:, 0]):
-        pcm = clips_of(decode_file(file), SAMPLE_RATE).read(0, count=samples_for(spectrum['frames']))
-        spec = data.log_mel(torch.from_numpy(pcm.copy())[None], torch.tensor([len(pcm)]), **spectrum)
-        spec = spec[0, :frames_in(len(pcm))]
-        axis.imshow(spec.T.numpy(), origin='lower', aspect='auto', cmap='viridis', extent=(0, len(spec) / 100, 0, 128))
+        spec = viz.real_log_mel(clips_of(decode_file(file), SAMPLE_RATE), 0, spectrum, spectrum['frames'])
+        axis.imshow(spec.T.numpy(), origin='lower', aspect='auto', extent=(0, len(spec) / 100, 0, 128))
         axis.set(yticks=[], facecolor='0.9', xlim=(0, spectrum['frames'] / 100))
         axis.set_title(title, loc='left')
     axes[-1, 0].set_xlabel('seconds; 128 mel bands upwards')
-    with replacing(path, 'wb') as f:
-        figure.savefig(f, format='png')
-    pyplot.close(figure)
+    viz.save(figure, path)
 
 
 def run(argv):
@@ -160,8 +147,7 @@ def run(argv):
     check_output(path, '.npz', settings.ckpt, settings.wav)
     if settings.picture:
         check_output(settings.picture, '.png', settings.ckpt, settings.wav)
-        from tools.viz import pyplot
-        pyplot()                                                            # says what is missing before the work
+        viz.pyplot()                                                        # says what is missing before the work
     if settings.threads:
         torch.set_num_threads(settings.threads)
     model = load(settings.ckpt, settings.pool, settings.layer, settings.device)

@@ -59,23 +59,21 @@ def read_log(path):
     """A log.jsonl -> its settings with where it ran, {measure: (steps, values)}, {step: seconds since the start}.
     Raises DataError."""
     lines = lines_of(path)
-    began = next((line for line in lines if isinstance(line.get('settings'), dict)), None)
+    began = next((line for line in lines if isinstance(line.get('settings'), dict)), {'settings': {}})
     series, seconds = {}, {}
     for line in lines:
-        step = line.get('step')
-        if not isinstance(step, int):
+        if not isinstance(step := line.get('step'), int):
             continue
-        if began and all(isinstance(each.get('time'), int | float) for each in (line, began)):
+        if all(isinstance(each.get('time'), int | float) for each in (line, began)):
             seconds[step] = line['time'] - began['time']
         valid = line.get('valid') if isinstance(line.get('valid'), dict) else {}
-        flat = {**line, **{f'valid {name}': value for name, value in valid.items()}}
-        for name, value in flat.items():
+        for name, value in {**line, **{f'valid {name}': value for name, value in valid.items()}}.items():
             if name not in ('step', 'time') and isinstance(value, int | float):
-                series.setdefault(name, ([], []))
-                series[name][0].append(step)
-                series[name][1].append(value)
-    where = {{'device': 'processor'}.get(name, name): began[name] for name in PROVENANCE if began and name in began}
-    return {**(began['settings'] if began else {}), **where}, series, seconds
+                steps, values = series.setdefault(name, ([], []))
+                steps.append(step)
+                values.append(value)
+    where = {{'device': 'processor'}.get(name, name): began[name] for name in PROVENANCE if name in began}
+    return {**began['settings'], **where}, series, seconds
 
 
 def where_they_part(one, other, tolerance=0.02):

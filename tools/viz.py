@@ -17,21 +17,22 @@ import warnings
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import configurator
 import data
-from audio import frames_in, samples_for
+import pretrain
+from audio import SAMPLE_RATE, frames_in
 from audio.clips import open_clips, open_test, read_meta
 from audio.decoding import decode_file
-from checkpoints import authors
 from checkpoints.opening import open_checkpoint
-from engine import processes, randomness, saving
+from engine import processes
 from engine.errors import CheckpointError, ConfigError, DataError
 from engine.files import replacing
-from model import ASDA, ASDAConfig
 from scoring.features import features
 from scoring.monitor import history, labelled_clips
 from scoring.probes import standardised
+from tools.embeddings import clips_of, load
 from tools.reference import log_of, read_log, where_they_part, with_paths
 
 ckpt = ''               # the checkpoint
@@ -61,38 +62,58 @@ def pyplot():
     except ImportError:
         raise ConfigError('pictures need matplotlib: pip install matplotlib') from None
     matplotlib.use('Agg')
-    matplotlib.rcParams.update({'font.size': 8, 'axes.titlesize': 8, 'figure.dpi': 100, 'text.parse_math': False})
+    matplotlib.rcParams.update({'font.size': 8, 'axes.titlesize': 8, 'figure.dpi': 100, 'text.parse_math': False,
+                                'figure.constrained_layout.use': True, 'legend.frameon': False})
     warnings.filterwarnings('ignore', 'Glyph .* missing')                   # a name in a script that the font lacks
     from matplotlib import pyplot
     return pyplot
 
 
+def save(figure, path):
+    with replacing(path, 'wb') as f:
+        figure.savefig(f, format='png')
+    pyplot().close(figure)
+
+
 def open_asda(path):
     """A pre-trained checkpoint with its decoder and teacher, ours or the authors' -> ASDA, its spectrum's settings"""
     loaded = open_checkpoint(path)
-    if loaded.classifier is not None:
+    if not loaded.pretrained:
         raise CheckpointError(f'{path} is fine-tuned and has no decoder: name a pre-trained checkpoint')
-    try:
-        state = saving.load_checkpoint(path)
-        model = ASDA(ASDAConfig(**state['config']))
-        saving.load_weights(model, state['model'], path)
-    except CheckpointError:
-        model = authors.load_pretrained(path)
-    return model.eval(), loaded.spectrum
+    return loaded.pretrained.eval(), loaded.spectrum
 
 
-def one_spectrogram(settings, spectrum):
-    """(1, frames, 128) of the sound that --wav names, and its real frames"""
+def open_differential(path):
+    """A checkpoint whose heads have two maps -> encoder, its spectrum's settings"""
+    loaded = open_checkpoint(path)
+    config = loaded.config
+    if not config.diff_lambda or config.cls_position != 'head':
+        raise ConfigError(f'{path} has diff_lambda = {config.diff_lambda:g} and its CLS at the {config.cls_position}: '
+                          'this picture needs two maps and the CLS first')
+    return loaded.encoder.eval(), loaded.spectrum
+
+
+def log_mels(clips, spectrum):
+    """(clips, frames, 128), of each the first frames"""
+    batch = data.OrderedBatches(clips, spectrum['frames'], len(clips))[0]
+    return data.log_mel(batch['pcm'], batch['lengths'], **spectrum)
+
+
+def real_log_mel(clips, i, spectrum, most):
+    """(frames, 128) of one clip without padding, at most so many"""
+    frames = min(int(frames_in(clips.length[i])), most)
+    return log_mels(clips.select([i]), {**spectrum, 'frames': frames, 'repeat': False})[0]
+
+
+def named_sound(settings):
+    """The sound that --wav names, as clips"""
     if not settings.wav:
         raise ConfigError('this picture shows a sound: name it with --wav=FILE')
-    pcm = np.clip(np.rint(decode_file(settings.wav) * 32768), -32768, 32767).astype(np.int16)
-    pcm = torch.from_numpy(pcm[:samples_for(spectrum['frames'])])[None]
-    length = torch.tensor([pcm.shape[1]])
-    return data.log_mel(pcm, length, **spectrum), int(frames_in(length))
+    return clips_of(decode_file(settings.wav), SAMPLE_RATE)
 
 
-def some_spectrograms(settings, spectrum):
-    """(clips, frames, 128) of clips of --dataset, drawn by the seed"""
+def some_clips(settings):
+    """Clips of --dataset, drawn by the seed"""
     if not settings.dataset:
         raise ConfigError('this picture looks at a prepared set: name it with --dataset=NAME')
     found = open_clips([settings.dataset], settings.data_dir,
@@ -100,29 +121,19 @@ def some_spectrograms(settings, spectrum):
     chosen = np.random.default_rng(settings.seed).permutation(len(found))[:settings.clips]
     if len(chosen) < 2:
         raise DataError(f'{settings.dataset} has {len(found)} clips, this picture needs two or more')
-    batch = data.OrderedBatches(found.select(np.sort(chosen)), spectrum['frames'], len(chosen))[0]
-    return data.log_mel(batch['pcm'], batch['lengths'], **spectrum)
-
-
-def masks_of(config, batch, seed):
-    generator = randomness.torch_random('cpu', seed, 'mask', 0)
-    return data.block_masks(batch, config.n_students, config.grid, config.mask_ratio, config.mask_block, generator,
-                            config.mask_adjust)
+    return found.select(np.sort(chosen))
 
 
 def energies(spec, config):
     """(B, frames, 128) -> (B, P) mean of every patch"""
-    rows, columns = config.patch_frames, config.patch_size
-    return spec.unflatten(2, (-1, columns)).unflatten(1, (-1, rows)).mean(dim=(2, 4)).flatten(1)
+    return F.avg_pool2d(spec, (config.patch_frames, config.patch_size)).flatten(1)
 
 
-def show(axis, picture, config=None, **how):
+def show(axis, picture, title='', config=None, **how):
     """A spectrogram (frames, 128), or values of patches (P,) at the size of one, time to the right."""
-    columns = config and config.n_mels // config.patch_size
-    image = picture.reshape(-1, columns) if config else picture
+    image = picture.reshape(-1, config.grid[1]) if config else picture
     axis.imshow(np.asarray(image).T, origin='lower', aspect='auto', interpolation='nearest', **how)
-    axis.set_xticks([])
-    axis.set_yticks([])
+    axis.set(xticks=[], yticks=[], title=title)
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
@@ -130,37 +141,30 @@ def show(axis, picture, config=None, **how):
 def draw_masks(settings, plt):
     """A clip, and the patches that each of its students sees of it."""
     model, spectrum = open_asda(settings.ckpt)
-    config = model.config
-    spec, _ = one_spectrogram(settings, spectrum)
-    mask = masks_of(config, 1, settings.seed)[0]                            # (n, P), True = masked
+    config, (spec,) = model.config, log_mels(named_sound(settings), spectrum)
+    (mask,) = pretrain.masks(settings.but(batch_size=1), config, 0, 'cpu')              # (n, P), True = masked
     columns = 4
     rows = 1 + -(-config.n_students // columns)
-    figure = plt.figure(figsize=(WIDE, 0.95 * rows + 0.5), layout='constrained')
+    figure = plt.figure(figsize=(WIDE, 0.95 * rows + 0.5))
     grid = figure.add_gridspec(rows, columns)
-    whole = figure.add_subplot(grid[0, :])
-    show(whole, spec[0], cmap='viridis')
-    whole.set_title(f'{os.path.basename(settings.wav)}: {config.frames / 100:g} s, {config.grid[0]} x {config.grid[1]} '
-                    'patches; the teacher sees all')
-    low, high = float(spec.min()), float(spec.max())
-    for n in range(config.n_students):
-        axis = figure.add_subplot(grid[1 + n // columns, n % columns])
-        hidden = mask[n].view(config.grid).repeat_interleave(config.patch_frames, 0)
-        hidden = hidden.repeat_interleave(config.patch_size, 1)
-        show(axis, spec[0].masked_fill(hidden, math.nan), cmap='viridis', vmin=low, vmax=high)
-        axis.set_facecolor('0.85')
-        axis.set_title(f'student {n + 1}: {int((~mask[n]).sum())} of {mask.shape[1]}')
+    show(figure.add_subplot(grid[0, :]), spec, f'{os.path.basename(settings.wav)}: {config.frames / 100:g} s, '
+         f'{config.grid[0]} x {config.grid[1]} patches; the teacher sees all')
+    for n, hidden in enumerate(mask.view(-1, *config.grid)):
+        hidden = hidden.repeat_interleave(config.patch_frames, 0).repeat_interleave(config.patch_size, 1)
+        show(figure.add_subplot(grid[1 + n // columns, n % columns], facecolor='0.85'),
+             spec.masked_fill(hidden, math.nan), f'student {n + 1}: {int((~mask[n]).sum())} of {mask.shape[1]}',
+             vmin=float(spec.min()), vmax=float(spec.max()))
     return figure, f'{config.n_students} students see {int((~mask[0]).sum())} of {mask.shape[1]} patches each'
 
 
 def attention_maps(encoder, spec):
-    """Per block, the softmax maps of every head, by the weights that the block uses. -> [(B, maps, h, 1 + P, 1 + P)]"""
-    config, found = encoder.config, []
-    maps, h = 2 if config.diff_lambda else 1, config.n_head
+    """Per block, both softmax maps of every head, by the weights that the block uses. -> [(B, 2, h, 1 + P, 1 + P)]"""
+    h, found = encoder.config.n_head, []
 
     def note(attention, inputs, _):
         (x,) = inputs
         B, N, D = x.shape
-        q, k = attention.qk(x).view(B, N, 2, maps, h, D // h).permute(2, 0, 3, 4, 1, 5)      # (B, maps, h, N, d) each
+        q, k = attention.qk(x).view(B, N, 2, 2, h, D // h).permute(2, 0, 3, 4, 1, 5)         # (B, 2, h, N, d) each
         found.append((q @ k.mT / math.sqrt(D // h)).softmax(dim=-1))
     hooks = [block.attn.register_forward_hook(note) for block in encoder.blocks]
     with torch.no_grad():
@@ -172,14 +176,10 @@ def attention_maps(encoder, spec):
 
 def draw_maps(settings, plt):
     """For one token: where each head's two maps look, their difference, and what the difference cancels."""
-    loaded = open_checkpoint(settings.ckpt)
-    encoder, config = loaded.encoder.eval(), loaded.config
-    if not config.diff_lambda or config.cls_position != 'head':
-        raise ConfigError(f'{settings.ckpt} has diff_lambda = {config.diff_lambda:g} and its CLS at the '
-                          f'{config.cls_position}: this picture needs two maps and the CLS first')
-    spec, real = one_spectrogram(settings, loaded.spectrum)
-    columns = config.n_mels // config.patch_size
-    rows = -(-real // config.patch_frames)
+    encoder, spectrum = open_differential(settings.ckpt)
+    config, clips = encoder.config, named_sound(settings)
+    spec, columns = log_mels(clips, spectrum), config.grid[1]
+    rows = -(-len(real_log_mel(clips, 0, spectrum, spectrum['frames'])) // config.patch_frames)
     energy = energies(spec, config)[0, :rows * columns]
     named = {'cls': 0, 'loudest': 1 + int(energy.argmax())}
     token = named.get(settings.query, 1 + int(settings.query) if settings.query.isdecimal() else -1)
@@ -187,66 +187,57 @@ def draw_maps(settings, plt):
     if not 0 <= token <= spec.shape[1] // config.patch_frames * columns or number > config.n_layer:
         raise ConfigError(f'query = {settings.query!r} is neither cls, loudest nor a patch, or layer = {number} is not '
                           f'one of {config.n_layer}')
-    pair = attention_maps(encoder, spec)[number - 1][0, :, :, token, 1:1 + rows * columns]       # (2, h, P)
-    first, second = pair[0], config.diff_lambda * pair[1]
-    titles = ('A1', f'{config.diff_lambda:g} A2', f'A1 - {config.diff_lambda:g} A2', 'cancelled: the smaller of both')
-    figure, axes = plt.subplots(1 + config.n_head, 4, figsize=(WIDE, 0.75 * (1 + config.n_head) + 0.4),
-                                layout='constrained', squeeze=False)
+    first, second = attention_maps(encoder, spec)[number - 1][0, :, :, token, 1:1 + rows * columns]     # (h, P) each
+    second, both = config.diff_lambda * second, f'{config.diff_lambda:g} A2'
+    cancelled = torch.minimum(first, second)
+    pictures = (('A1', first, 0, 'viridis'), (both, second, 0, 'viridis'),
+                (f'A1 - {both}', first - second, -1, 'PuOr_r'),
+                ('cancelled: the smaller of both', cancelled, 0, 'viridis'))
+    figure, axes = plt.subplots(1 + config.n_head, 4, figsize=(WIDE, 0.75 * (1 + config.n_head) + 0.4), squeeze=False)
     for axis in axes[0, 1:]:
         axis.remove()
-    show(axes[0, 0], spec[0, :rows * config.patch_frames], cmap='viridis')
+    name = 'CLS' if not token else f'the framed patch ({token - 1})'
+    show(axes[0, 0], spec[0, :rows * config.patch_frames], f'block {number} of {config.n_layer}: where {name} looks')
     if token:
         wide, high, (row, column) = config.patch_frames, config.patch_size, divmod(token - 1, columns)
         axes[0, 0].add_patch(plt.Rectangle((row * wide, column * high), wide, high, fill=False, color='white', lw=1.5))
-    name = 'CLS' if not token else f'the framed patch ({token - 1})'
-    axes[0, 0].set_title(f'block {number} of {config.n_layer}: where {name} looks')
     for head, line in enumerate(axes[1:]):
         top = float(first[head].max())
-        for axis, values, title, low, colours in zip(
-                line, (first[head], second[head], first[head] - second[head],
-                       torch.minimum(first[head], second[head])), titles, (0, 0, -top, 0),
-                ('viridis', 'viridis', 'PuOr_r', 'viridis')):
-            show(axis, values, config, cmap=colours, vmin=low, vmax=top)
-            if head == 0:
-                axis.set_title(title)
+        for axis, (title, values, low, colours) in zip(line, pictures):
+            show(axis, values[head], '' if head else title, config, cmap=colours, vmin=low * top, vmax=top)
         line[0].set_ylabel(f'head {head + 1}')
-    share = float(torch.minimum(first, second).sum() / first.sum())
+    share = float(cancelled.sum() / first.sum())
     return figure, f'block {number}, {name}: the difference cancels {share:.1%} of what A1 gives to patches'
 
 
 def draw_lambda(settings, plt):
     """Per block: the entropy of A1, A2 and of what their difference keeps, and the attention on low-energy patches."""
-    loaded = open_checkpoint(settings.ckpt)
-    encoder, config = loaded.encoder.eval(), loaded.config
-    if not config.diff_lambda or config.cls_position != 'head':
-        raise ConfigError(f'{settings.ckpt} has one attention map, or its CLS in the middle: nothing to compare')
-    spec = some_spectrograms(settings, loaded.spectrum)
+    encoder, spectrum = open_differential(settings.ckpt)
+    config, spec = encoder.config, log_mels(some_clips(settings), spectrum)
     energy = energies(spec, config)
     quiet = (energy <= energy.quantile(QUIET, dim=1, keepdim=True)).float()                 # (B, P)
-    table = []                                                      # per block: (3 kinds, 2 measures)
+
+    def measures(maps):                                             # (B, h, N, P)
+        share = maps / maps.sum(dim=-1, keepdim=True).clamp_min(1e-12)
+        entropy = -(share * share.clamp_min(1e-12).log()).sum(dim=-1).mean() / math.log(share.shape[-1])
+        return float(entropy), float((share * quiet[:, None, None]).sum(dim=-1).mean())
+    table = []
     for pair in attention_maps(encoder, spec):
-        pair = pair[..., 1:]                                        # onto patches
-        kept = (pair[:, 0] - config.diff_lambda * pair[:, 1]).clamp_min(0)
-        rows = []
-        for maps in (pair[:, 0], pair[:, 1], kept):                 # (B, h, N, P)
-            share = maps / maps.sum(dim=-1, keepdim=True).clamp_min(1e-12)
-            entropy = -(share * share.clamp_min(1e-12).log()).sum(dim=-1).mean() / math.log(share.shape[-1])
-            rows.append((float(entropy), float((share * quiet[:, None, None]).sum(dim=-1).mean())))
-        table.append(rows)
-    table = np.array(table)                                         # (L, 3, 2)
-    figure, axes = plt.subplots(1, 2, figsize=(WIDE, 2.8), layout='constrained')
+        first, second = pair[..., 1:].unbind(dim=1)                 # onto patches
+        kept = (first - config.diff_lambda * second).clamp_min(0)
+        table.append([measures(maps) for maps in (first, second, kept)])
+    table = np.array(table)                                         # (L, 3 kinds, 2 measures)
+    figure, axes = plt.subplots(1, 2, figsize=(WIDE, 2.8))
     where = np.arange(1, config.n_layer + 1)
+    kinds = (('A1', 'o-', 0.0), ('A2', 's--', 0.45), (f'what A1 - {config.diff_lambda:g} A2 keeps', '^-.', 0.85))
     for measure, (axis, title) in enumerate(zip(axes, ('entropy / log P (1: looks everywhere alike)',
                                                        f'share on the {QUIET:.0%} of patches with least energy'))):
-        kept = f'what A1 - {config.diff_lambda:g} A2 keeps'
-        for kind, (name, style) in enumerate((('A1', 'o-'), ('A2', 's--'), (kept, '^-.'))):
-            axis.plot(where, table[:, kind, measure], style, color=plt.cm.cividis((0.0, 0.45, 0.85)[kind]), label=name)
-        axis.set_title(title)
-        axis.set_xlabel('block')
-        axis.set_xticks(where)
+        for kind, (name, style, colour) in enumerate(kinds):
+            axis.plot(where, table[:, kind, measure], style, color=plt.cm.cividis(colour), label=name)
+        axis.set(title=title, xlabel='block', xticks=where)
     axes[1].axhline(QUIET, color='0.6', lw=0.8, ls=':')
-    axes[0].legend(frameon=False)
-    said = '; '.join(f'block {i + 1}: {rows[0, 1]:.1%} -> {rows[2, 1]:.1%}' for i, rows in enumerate(table))
+    axes[0].legend()
+    said = '; '.join(f'block {i}: {first[1]:.1%} -> {kept[1]:.1%}' for i, (first, _, kept) in zip(where, table))
     return figure, f'attention on low-energy patches, A1 -> kept: {said}'
 
 
@@ -254,33 +245,27 @@ def draw_targets(settings, plt):
     """First principal components of the targets of one clip, of what its students predict at the places that they do
     not see, and of the mean target of each place over clips."""
     model, spectrum = open_asda(settings.ckpt)
-    config = model.config
-    spec = some_spectrograms(settings, spectrum)
-    mask = masks_of(config, len(spec), settings.seed)
+    config, spec = model.config, log_mels(some_clips(settings), spectrum)
+    shown = int(energies(spec, config).var(dim=1).argmax())                 # a clip with loud and quiet patches
+    mask = pretrain.masks(settings.but(batch_size=len(spec)), config, 0, 'cpu')[shown]      # (n, P)
     with torch.inference_mode():
         target, _ = model.targets(spec)                                     # (B, P, D)
-        shown = int(energies(spec, config).var(dim=1).argmax())             # a clip with loud and quiet patches
-        keep = (~mask[shown]).nonzero()[:, 1].view(config.n_students, -1)
+        keep = (~mask).nonzero()[:, 1].view(config.n_students, -1)
         x = model.encoder(spec[shown:shown + 1], keep)
-        noise = torch.zeros(config.n_students, mask.shape[2], config.n_embd)
-        prediction = model.decoder(x[:, 1:], keep, noise)                   # (n, P, D)
-    hidden = mask[shown].float()[:, :, None]
+        prediction = model.decoder(x[:, 1:], keep, torch.zeros(*mask.shape, config.n_embd))         # (n, P, D)
+    hidden = mask.float()[:, :, None]
     prediction = (prediction * hidden).sum(dim=0) / hidden.sum(dim=0).clamp_min(1)      # mean of who did not see it
-    place = target.mean(dim=0)                                              # (P, D)
-    centred = (target - target.mean(dim=(0, 1))).flatten(0, 1)
-    basis = torch.linalg.svd(centred, full_matrices=False)[2][:3]           # (3, D)
-    rows = [(title, (values - target.mean(dim=(0, 1))) @ basis.T) for title, values in
-            (('target', target[shown]), ('prediction where masked', prediction), ('mean target of each place', place))]
-    figure, axes = plt.subplots(3, 4, figsize=(WIDE, 3.6), layout='constrained')
-    show(axes[0, 0], spec[shown], cmap='viridis')
-    axes[0, 0].set_title('log-mel')
+    place, mean = target.mean(dim=0), target.mean(dim=(0, 1))               # (P, D), (D,)
+    basis = torch.linalg.svd((target - mean).flatten(0, 1), full_matrices=False)[2][:3]     # (3, D)
+    figure, axes = plt.subplots(3, 4, figsize=(WIDE, 3.6))
+    show(axes[0, 0], spec[shown], 'log-mel')
     for axis in axes[1:, 0]:
         axis.remove()
-    for line, (title, values) in zip(axes, rows):
-        for component, axis in enumerate(line[1:]):
-            top = float(rows[0][1][:, component].abs().max())
-            show(axis, values[:, component], config, cmap='PuOr', vmin=-top, vmax=top)
-            axis.set_title(f'{title}, component {component + 1}')
+    top = ((target[shown] - mean) @ basis.T).abs().amax(dim=0).tolist()
+    for line, (title, values) in zip(axes, (('target', target[shown]), ('prediction where masked', prediction),
+                                            ('mean target of each place', place))):
+        for i, (axis, component) in enumerate(zip(line[1:], ((values - mean) @ basis.T).T)):
+            show(axis, component, f'{title}, component {i + 1}', config, cmap='PuOr', vmin=-top[i], vmax=top[i])
     error = (prediction - target[shown]).square().sum(dim=1)
     beyond = 1 - float(error.mean() / (target[shown] - place).square().sum(dim=1).mean())
     return figure, f'of this clip, beyond the mean target of each place, {beyond:.1%} is predicted ({len(spec)} clips)'
@@ -300,23 +285,19 @@ def draw_curves(settings, plt):
     panels = [('loss', ['loss']), ('share of the variance', ['explained', 'content']),
               ('accuracy', ['knn', 'probe', 'knn_cls', 'knn_patches', 'valid accuracy', 'valid mAP'])]
     panels = [panel for panel in panels if any(name in series for name in panel[1] for _, series, _ in runs)]
-    figure, axes = plt.subplots(2, len(panels), figsize=(WIDE, 4.2), layout='constrained', squeeze=False)
+    figure, axes = plt.subplots(2, len(panels), figsize=(WIDE, 4.2), squeeze=False)
     for run, (path, (_, series, seconds)) in enumerate(zip(names, runs)):
-        is_reference = bool(settings.reference) and run == 0
-        how = {'color': '0.7', 'lw': 3} if is_reference else {
+        how = {'color': '0.7', 'lw': 3} if settings.reference and run == 0 else {
             'color': plt.cm.viridis(0.85 * run / max(len(runs) - 1, 1)), 'lw': 1.2}
-        for column, (title, measures) in enumerate(panels):
+        for (title, measures), over_updates, over_time in zip(panels, *axes):
             for style, name in zip(('-', '--', ':', '-.'), [name for name in measures if name in series]):
                 steps, values = series[name]
                 label = path + ('' if name == title else f', {name.replace("_", " ")}')
-                axes[0, column].plot(steps, values, style, label=label, **how)
-                timed = [(seconds[step] / 60, value) for step, value in zip(steps, values) if step in seconds]
-                if timed:
-                    axes[1, column].plot(*zip(*timed), style, **how)
-            axes[0, column].set_title(title)
-            axes[0, column].set_xlabel('updates')
-            axes[1, column].set_xlabel('minutes')
-            axes[0, column].legend(frameon=False, fontsize=6)
+                over_updates.plot(steps, values, style, label=label, **how)
+                over_time.plot([seconds.get(step, math.nan) / 60 for step in steps], values, style, **how)
+            over_updates.set(title=title, xlabel='updates')
+            over_time.set_xlabel('minutes')
+            over_updates.legend(fontsize=6)
     said = [f'{names[0]} / {name}: {where_they_part(runs[0], run, settings.tolerance)}'
             for name, run in zip(names[1:], runs[1:])]
     return figure, '\n'.join(said) or f'{names[0]}: {", ".join(sorted(runs[0][1]))}'
@@ -324,14 +305,12 @@ def draw_curves(settings, plt):
 
 def draw_embeddings(settings, plt):
     """A labelled set in two dimensions: t-SNE where scikit-learn is installed, else two principal components."""
-    loaded = open_checkpoint(settings.ckpt)
-    test = open_test(settings.dataset, settings.data_dir, settings.fold)
+    model, test = load(settings.ckpt, device='cpu'), open_test(settings.dataset, settings.data_dir, settings.fold)
     if test.multi_label:
         raise DataError(f'{settings.dataset} has several labels a clip: this picture needs one')
     chosen = np.random.default_rng(settings.seed).permutation(len(test))[:16 * settings.clips]
     test = test.select(np.sort(chosen))
-    process = processes.start('cpu')
-    (found,) = standardised(features(loaded.encoder.eval(), test, loaded.spectrum, process, torch.no_grad))
+    (found,) = standardised(model.clips(test))
     try:
         from sklearn.manifold import TSNE
         how, flat = 't-SNE', TSNE(perplexity=min(30, (len(test) - 1) / 3), random_state=settings.seed,
@@ -339,17 +318,15 @@ def draw_embeddings(settings, plt):
     except ImportError:
         basis = np.linalg.svd(found, full_matrices=False)[2][:2]
         how, flat = 'principal components', found @ basis.T
-    figure, axis = plt.subplots(figsize=(NARROW, 4.6), layout='constrained')
+    figure, axis = plt.subplots(figsize=(NARROW, 4.6))
     markers = 'os^vDP*X<>'
     for label, name in enumerate(test.classes):
         of_class = test.label == label
         axis.scatter(*flat[of_class].T, s=14, marker=markers[label % len(markers)],
                      color=plt.cm.viridis(label / max(len(test.classes) - 1, 1)), label=name, edgecolors='none')
-    axis.set_xticks([])
-    axis.set_yticks([])
+    axis.set(xticks=[], yticks=[], title=f'{len(test)} clips of {settings.dataset}: {how} of the frozen features')
     if len(test.classes) <= 20:
-        axis.legend(frameon=False, loc='center left', bbox_to_anchor=(1, 0.5))
-    axis.set_title(f'{len(test)} clips of {settings.dataset}: {how} of the frozen features')
+        axis.legend(loc='center left', bbox_to_anchor=(1, 0.5))
     return figure, f'{len(test)} clips, {len(test.classes)} classes, {how}'
 
 
@@ -364,17 +341,16 @@ def draw_learned(settings, plt):
     if not labelled:
         raise ConfigError(f'{settings.ckpt} had no labelled set to compare with: name one with --dataset=NAME')
     train, valid = labelled
-    mean, std = train.statistics(loaded.spectrum['window'])
-    spectrum, autocast = {**loaded.spectrum, 'mean': mean, 'std': std}, processes.autocast(
-        process, 'auto', loaded.config.n_embd)[0]
+    spectrum = {**loaded.spectrum, **dict(zip(('mean', 'std'), train.statistics(loaded.spectrum['window'])))}
+    autocast, _ = processes.autocast(process, 'auto', loaded.config.n_embd)
     order = np.random.default_rng(settings.seed).permutation(len(valid))
     asked = valid.select(order[np.sort(np.unique(valid.label[order], return_index=True)[1])[:3]])
     encoder = loaded.encoder.to(process.device).eval()
-    known, found = (torch.nn.functional.normalize(torch.from_numpy(x), dim=1) for x in standardised(*(
+    known, found = (F.normalize(torch.from_numpy(x), dim=1) for x in standardised(*(
         features(encoder, part, spectrum, process, autocast) for part in (train, asked))))
     similarity, nearest = (found @ known.T).topk(min(3, len(train)), dim=1)     # (asked, 3)
 
-    figure = plt.figure(figsize=(WIDE, 4.6), layout='constrained')
+    figure = plt.figure(figsize=(WIDE, 4.6))
     left, right = figure.subfigures(1, 2, width_ratios=(1, 2.6))
     draw_course(left, os.path.dirname(settings.ckpt), name, plt)
     axes = right.subplots(len(asked), 1 + nearest.shape[1], squeeze=False)
@@ -411,16 +387,13 @@ def draw_course(figure, out_dir, name, plt):
             axis.set_ylim(bottom=max(axis.get_ylim()[0], -25))              # it begins far below, which says nothing
         axis.spines[['top', 'right']].set_visible(False)
     axis.set_xlabel('updates')
-    figure.legend(*axis.get_legend_handles_labels(), loc='outside lower center', frameon=False, fontsize=7, ncols=2)
+    figure.legend(*axis.get_legend_handles_labels(), loc='outside lower center', fontsize=7, ncols=2)
 
 
 def show_clip(axis, clips, i, spectrum, title):
     """The log-mel of one clip, its first ten seconds at most, in colour from its median up: background is flat."""
-    pcm = clips.select([i]).read(0, count=samples_for(MAX_SHOWN))
-    spec = data.log_mel(torch.from_numpy(pcm.copy())[None], torch.tensor([len(pcm)]),
-                        **{**spectrum, 'frames': frames_in(len(pcm)), 'repeat': False})
-    show(axis, spec[0], cmap='viridis', vmin=float(spec.median()))
-    axis.set_title(title)
+    spec = real_log_mel(clips, i, spectrum, MAX_SHOWN)
+    show(axis, spec, title, vmin=float(spec.median()))
 
 
 PICTURES = {'masks': draw_masks, 'maps': draw_maps, 'lambda': draw_lambda, 'targets': draw_targets,
@@ -441,9 +414,7 @@ def run(argv):
         raise ConfigError(f'out = {path!r} must end in .png')
     plt = pyplot()
     figure, said = PICTURES[what](settings, plt)
-    with replacing(path, 'wb') as f:
-        figure.savefig(f, format='png')
-    plt.close(figure)
+    save(figure, path)
     print(f'{said}\n{path}')
 
 
