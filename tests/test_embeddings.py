@@ -20,7 +20,7 @@ from scoring.features import states
 from tools import export, hear_asda, neighbours
 from tools.embeddings import load
 
-from .conftest import ROOT, call, is_one_line_error, write_wav
+from .conftest import ROOT, bars_of, call, is_one_line_error, on_a_terminal, write_wav
 from .test_finetune import pretrained  # noqa: F401  (a fixture)
 
 FIXTURES = os.path.join(ROOT, 'tests', 'fixtures')
@@ -170,6 +170,12 @@ def test_neighbours_are_the_nearest(pretrained, sounds):          # noqa: F811
     assert [name for _, name in found] == sorted(cosine, key=cosine.get, reverse=True)[:5]
     assert [value for value, _ in found] == pytest.approx([cosine[name] for _, name in found], abs=2e-3)
     assert {name.split('/')[0] for _, name in found[:4]} == {'low'}
+
+
+def test_a_folder_that_takes_long_shows_progress(pretrained, sounds, monkeypatch):          # noqa: F811
+    assert search(pretrained, sounds).err == ''
+    on_a_terminal(monkeypatch)
+    assert bars_of(search(pretrained, sounds, f'--index={sounds}/other.npz')) == {'decoding', 'encoding'}
 
 
 def test_the_index_is_updated(pretrained, sounds, monkeypatch):          # noqa: F811
