@@ -69,7 +69,7 @@ def on_a_terminal(monkeypatch):
 
 def bars_of(result):
     """The titles of the progress bars on stderr."""
-    return set(re.findall(r'([\w-]+): +\d+%', result.err))
+    return set(re.findall(r'([\w-]*):? *\d+%\|', result.err))
 
 
 def is_one_line_error(result, *words):
