@@ -2,6 +2,8 @@
 python -m pytest tests/test_embeddings.py"""
 import json
 import os
+import re
+import shutil
 import sys
 import types
 
@@ -121,6 +123,18 @@ def test_bad_checkpoints_and_settings(pretrained, tmp_path):          # noqa: F8
     torch.save(state, tmp_path / 'bad.pt')
     with pytest.raises(CheckpointError, match='bad.pt'):
         load(str(tmp_path / 'bad.pt'), device='cpu').clips(noise(8000), 16000)
+
+
+def test_the_snippets_of_the_page_run(pretrained, tmp_path, monkeypatch):          # noqa: F811
+    with open(os.path.join(ROOT, 'docs', 'embeddings.md'), encoding='utf-8') as f:
+        snippets = re.findall(r'```python\n(.*?)```', f.read(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    os.makedirs('out/demo')
+    shutil.copy(pretrained, 'out/demo/ckpt.pt')
+    write_wav('./dog.wav', noise(20000))
+    assert call(export.run, '--ckpt=out/demo/ckpt.pt', '--out=encoder.pt2').code == 0 and len(snippets) == 2
+    for snippet in snippets:
+        exec(snippet, {})
 
 
 def test_files_and_arrays_alike(pretrained, tmp_path):          # noqa: F811

@@ -498,6 +498,7 @@ def test_a_damaged_real_file_is_named(straight, tmp_path):                      
 @pytest.mark.parametrize('argv, words', [
     ([], ['--ckpt']), (['--ckpt=/absent.pt'], ['/absent.pt']), (['--ckpt={tmp}'], ['folder']),
     (['--ckpt={tmp}/junk.pt'], ['junk.pt']), (['--ckpt={pretrained}'], ['--dataset']),
+    (['--ckpt=README.md'], ['README.md is not a checkpoint that can be read safely (UnpicklingError)']),
     (['--ckpt={pretrained}', '--dataset=absent'], ['absent']), (['--ckpt={pretrained}', '--wav=a.wav'], ['fine-tune']),
     (['--ckpt={tuned}', '--wav=/absent.wav'], ['/absent.wav']),
     (['--ckpt={tuned}', '--wav={tmp}/junk.pt'], ['junk.pt']), (['--ckpt={tuned}', '--dataset=demo'], ['classes']),
