@@ -256,7 +256,7 @@ def print_help(script, known):
     print(f'{os.path.basename(script)}: settings, their defaults and what they mean\n'
           'usage: [CONFIG.py ...] [--key=value ...]; the command line wins\n')
     for name, (default, comment) in known.items():
-        print(f'  --{name}={default!r:<16} {comment}')
+        print(f'  {f"--{name}={default!r}":<26} {comment}')
 
 
 def show(settings, *sources, leave_out=()):

@@ -128,7 +128,8 @@ def probe_pretrained(loaded, settings, process, autocast):
         return [features(encoder, part, spectrum, process, autocast, pool, settings.layer, title='encoding', **how)
                 for part in parts]
     kinds = {'log-mel statistics': lambda: [
-        log_mel_statistics(part, {**spectrum, 'frames': longest, 'repeat': False}, process, **how) for part in parts]}
+        log_mel_statistics(part, {**spectrum, 'frames': longest, 'repeat': False}, process, title='log-mel', **how)
+        for part in parts]}
     for pool in configurator.words(settings.pool):
         check_size(sum(map(len, parts)), width(loaded.config, pool), pool)
         kinds[f'random weights, {pool}'] = functools.partial(of_encoder, untrained, pool)
@@ -144,7 +145,8 @@ def probe_pretrained(loaded, settings, process, autocast):
             near, far = standardised(x, t)
             votes = knn_scores(near, train.label, far, len(train.classes))
             results[kind]['kNN'] = metrics(votes, targets[2], False)[0]
-        logits, strength = linear_probe((x, targets[0]), (v, targets[1]), t, test.multi_label)
+        logits, strength = linear_probe((x, targets[0]), (v, targets[1]), t, test.multi_label,
+                                        title='probing' if process.is_main else '')
         results[kind]['linear probe'] = {**metrics(logits, targets[2], test.multi_label)[0], 'l2': strength}
         process.print(f'{kind:22}'
                       + ''.join(f'{probe}: {describe(scores)}   ' for probe, scores in results[kind].items()))
@@ -169,7 +171,8 @@ def classify_files(loaded, settings, process, autocast):
     clips, errors = open_files(paths, settings.max_minutes, process)
     windows = in_windows(clips, settings, loaded.spectrum)
     scores = probabilities(predict(loaded.classifier, windows, loaded.spectrum, process, autocast,
-                                   batch_size=settings.batch_size, workers=settings.workers), loaded.multi_label)
+                                   batch_size=settings.batch_size, workers=settings.workers, title='classifying'),
+                           loaded.multi_label)
     for path, row in zip(clips.keys(), mean_of_windows(scores, windows.clip)):
         top = np.argsort(-row, kind='stable')[:settings.top_k]
         process.print(printable(path) + ':  ' + ', '.join(f'{loaded.classes[i]} {row[i]:.3f}' for i in top))
@@ -218,6 +221,8 @@ def write_embeddings(loaded, settings, process, autocast):
 def check(settings):
     """Raise ConfigError for settings that cannot work."""
     configurator.check_ranges(settings, **ranges.EVALUATE)
+    if settings.wav and settings.dataset:
+        raise ConfigError('--wav and --dataset both say what is looked at: give one')
     if settings.window and settings.frames:
         raise ConfigError('--window and --frames both set the input length: give one')
     pools = configurator.words(settings.pool)

@@ -40,6 +40,8 @@ def decode(content, max_seconds, collect=lambda pieces: np.concatenate([np.zeros
     the result of the waveform's pieces, an iterator; it is called again if channels turn out to cancel each other.
     Raises ValueError, RuntimeError, OSError.
     """
+    if not len(content):
+        raise ValueError('an empty file')
     missing = missing_bytes(content)
     if missing:
         raise ValueError(f'cut short: its header promises {missing:,} more bytes')

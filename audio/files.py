@@ -2,6 +2,7 @@
 import os
 
 import numpy as np
+from tqdm import tqdm
 
 from audio.clips import Clips
 from audio.decoding import decode_file
@@ -34,16 +35,16 @@ def open_files(paths, max_minutes, process):
     """Those of the files that can be read, as clips; the others are named, a line each. -> clips, errors of the others.
     Raises DataError if none can be read."""
     waves, read, errors = [], [], []
-    for path in paths:
+    for path in tqdm(paths, desc='decoding', leave=False, disable=not process.is_main or None):
         try:
             wave = decode_file(path, 60 * max_minutes)
         except DataError as error:
             errors.append(error)
-            if len(paths) > 1:
-                process.print(f'left out: {printable(error)}')
             continue
         waves.append(np.clip(np.rint(wave * 32768), -32768, 32767).astype(np.int16))
         read.append(path)
+    for error in errors if len(paths) > 1 else ():
+        process.print(f'left out: {printable(error)}')
     if not waves:
         complain(errors, paths)
     return Clips.of_waves(waves, read), errors

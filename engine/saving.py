@@ -1,5 +1,6 @@
 """Checkpoints of a run: written whole or not at all, read safely, and resumed."""
 import os
+import pickle
 import re
 
 import torch
@@ -49,7 +50,8 @@ def load_checkpoint(path, wanted=('model', 'config', 'settings')):
     except FileNotFoundError:
         raise CheckpointError(f'there is no checkpoint {path}') from None
     except Exception as error:              # a damaged or hostile file can fail in any way; it is not a checkpoint
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        said = '' if isinstance(error, pickle.UnpicklingError) else str(error)          # PyTorch's advice is of no use
+        reason = said.splitlines()[0][:120] if said else type(error).__name__
         raise CheckpointError(f'{path} is not a checkpoint that can be read safely ({reason})') from None
     missing = [key for key in wanted if not isinstance(state, dict) or not isinstance(state.get(key), CONTENTS[key])]
     if missing:

@@ -2,6 +2,7 @@
 import re
 
 from audio.sources import list_source
+from engine.errors import DataError
 from recipes.plan import Plan, source_or_download
 
 source = ''             # archive or folder in its layout; without one it is downloaded
@@ -21,6 +22,9 @@ def plan(settings):
     for i, match in named.items():
         if match:
             made.add(i, 'test' if int(match[4]) < 5 else 'train')
+    if not speakers:
+        raise DataError(f'{settings.source or FSDD_URL} holds no recordings/DIGIT_SPEAKER_NUMBER.wav, as the data set '
+                        'does: is it another one?')
     if len(made.numbers) != 3000 or len(speakers) != 6:
         print(f'warning: {len(made.numbers)} recordings of {len(speakers)} speakers; the data set has 3000 of 6')
     return made

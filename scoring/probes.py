@@ -2,6 +2,7 @@
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from scoring.metrics import metrics
 
@@ -42,16 +43,17 @@ def effective_rank(features):
     return float(np.exp(-(share * np.log(share + 1e-12)).sum()))
 
 
-def linear_probe(train, valid, test, multi_label, strengths=PROBE_L2):
+def linear_probe(train, valid, test, multi_label, strengths=PROBE_L2, title=''):
     """Logistic regression on features standardised by the training part, its L2 strength chosen on the validation part.
 
-    train, valid: (features (N, d), targets (N, classes)); test: features
+    train, valid: (features (N, d), targets (N, classes)); test: features; title: of a bar over the strengths, '': none
     -> logits (N, classes) of test, chosen strength
     """
     x, v, t = map(torch.from_numpy, standardised(train[0], valid[0], test))
     targets, best = torch.from_numpy(train[1]), None
     weight = torch.zeros(x.shape[1] + 1, targets.shape[1], dtype=torch.float64)
-    for strength in reversed(strengths):                        # from the strongest: each starts where the last ended
+    # From the strongest: each starts where the last ended.
+    for strength in tqdm(strengths[::-1], desc=title, leave=False, disable=not title or None):
         weight = fit_logistic(x, targets, strength, multi_label, weight)
         scores, _ = metrics(outputs(v, weight), valid[1], multi_label)
         score = scores['mAP' if multi_label else 'accuracy']

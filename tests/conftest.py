@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 import subprocess
 import sys
 import types
@@ -54,6 +55,21 @@ def call(run, *argv):
     finally:
         sys.argv = argv_before
     return types.SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def on_a_terminal(monkeypatch):
+    """What call() runs from here on believes that a person looks on."""
+    monkeypatch.setattr(io, 'StringIO', Terminal)
+
+
+def bars_of(result):
+    """The titles of the progress bars on stderr."""
+    return set(re.findall(r'([\w-]*):? *\d+%\|', result.err))
 
 
 def is_one_line_error(result, *words):

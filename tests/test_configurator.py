@@ -1,5 +1,6 @@
 """Settings, override files and the command line.   python -m pytest tests/test_configurator.py"""
 import os
+import re
 
 import pytest
 
@@ -166,6 +167,7 @@ def test_help_lists_every_key(capsys):
     for key in ('n_embd', 'diff_lambda', 'max_steps', 'utterance_scale'):
         assert f'--{key}=' in text
     assert '0.3' in text and 'weight of the second attention map' in text
+    assert min(map(len, re.findall(r'^  --\S+ +', text, re.M))) == 29           # below each other, but for long values
 
 
 @pytest.mark.parametrize('name', ['pretrain', 'finetune', 'eval', 'prepare'])

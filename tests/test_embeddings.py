@@ -2,6 +2,8 @@
 python -m pytest tests/test_embeddings.py"""
 import json
 import os
+import re
+import shutil
 import sys
 import types
 
@@ -20,7 +22,7 @@ from scoring.features import states
 from tools import export, hear_asda, neighbours
 from tools.embeddings import load
 
-from .conftest import ROOT, call, is_one_line_error, write_wav
+from .conftest import ROOT, bars_of, call, is_one_line_error, on_a_terminal, write_wav
 from .test_finetune import pretrained  # noqa: F401  (a fixture)
 
 FIXTURES = os.path.join(ROOT, 'tests', 'fixtures')
@@ -123,6 +125,18 @@ def test_bad_checkpoints_and_settings(pretrained, tmp_path):          # noqa: F8
         load(str(tmp_path / 'bad.pt'), device='cpu').clips(noise(8000), 16000)
 
 
+def test_the_snippets_of_the_page_run(pretrained, tmp_path, monkeypatch):          # noqa: F811
+    with open(os.path.join(ROOT, 'docs', 'embeddings.md'), encoding='utf-8') as f:
+        snippets = re.findall(r'```python\n(.*?)```', f.read(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    os.makedirs('out/demo')
+    shutil.copy(pretrained, 'out/demo/ckpt.pt')
+    write_wav('./dog.wav', noise(20000))
+    assert call(export.run, '--ckpt=out/demo/ckpt.pt', '--out=encoder.pt2').code == 0 and len(snippets) == 2
+    for snippet in snippets:
+        exec(snippet, {})
+
+
 def test_files_and_arrays_alike(pretrained, tmp_path):          # noqa: F811
     """decode_file and load's model, as docs/embeddings.md says."""
     soundfile.write(tmp_path / 'a.flac', noise(30000), 22050)
@@ -170,6 +184,12 @@ def test_neighbours_are_the_nearest(pretrained, sounds):          # noqa: F811
     assert [name for _, name in found] == sorted(cosine, key=cosine.get, reverse=True)[:5]
     assert [value for value, _ in found] == pytest.approx([cosine[name] for _, name in found], abs=2e-3)
     assert {name.split('/')[0] for _, name in found[:4]} == {'low'}
+
+
+def test_a_folder_that_takes_long_shows_progress(pretrained, sounds, monkeypatch):          # noqa: F811
+    assert search(pretrained, sounds).err == ''
+    on_a_terminal(monkeypatch)
+    assert bars_of(search(pretrained, sounds, f'--index={sounds}/other.npz')) == {'decoding', 'encoding'}
 
 
 def test_the_index_is_updated(pretrained, sounds, monkeypatch):          # noqa: F811

@@ -31,7 +31,7 @@ from scoring.metrics import NotFiniteError, describe, metrics, ranking_scores
 from scoring.outputs import check_output, write_arrays
 from scoring.probes import PROBE_L2, effective_rank, fit_logistic, knn_accuracy, knn_scores, linear_probe, standardised
 
-from .conftest import ROOT, SHARED, call, is_one_line_error, needs_shared, script, write_wav
+from .conftest import ROOT, SHARED, bars_of, call, is_one_line_error, needs_shared, on_a_terminal, script, write_wav
 from .test_finetune import pretrained, straight  # noqa: F401  (fixtures)
 from .test_pretrain import log_of
 
@@ -498,10 +498,13 @@ def test_a_damaged_real_file_is_named(straight, tmp_path):                      
 @pytest.mark.parametrize('argv, words', [
     ([], ['--ckpt']), (['--ckpt=/absent.pt'], ['/absent.pt']), (['--ckpt={tmp}'], ['folder']),
     (['--ckpt={tmp}/junk.pt'], ['junk.pt']), (['--ckpt={pretrained}'], ['--dataset']),
+    (['--ckpt=README.md'], ['README.md is not a checkpoint that can be read safely (UnpicklingError)']),
     (['--ckpt={pretrained}', '--dataset=absent'], ['absent']), (['--ckpt={pretrained}', '--wav=a.wav'], ['fine-tune']),
     (['--ckpt={tuned}', '--wav=/absent.wav'], ['/absent.wav']),
     (['--ckpt={tuned}', '--wav={tmp}/junk.pt'], ['junk.pt']), (['--ckpt={tuned}', '--dataset=demo'], ['classes']),
     (['--ckpt={pretrained}', '--embed=x.npz'], ['--dataset']),
+    (['--ckpt={pretrained}', '--embed=x.npz', '--wav={tmp}', '--dataset=noises'], ['--wav', '--dataset', 'give one']),
+    (['--ckpt={tuned}', '--wav={tmp}/empty.wav'], ['empty.wav', 'an empty file']),
     (['--ckpt={pretrained}', '--dataset=noises', '--frames=50'], ['frames = 50']),
     (['--ckpt={tuned}', '--wav=,'], ['names no file']), (['--ckpt={tuned}', '--top_k=-1', '--wav=x'], ['top_k']),
     (['--ckpt={tuned}', '--norm_std=0', '--wav=x'], ['norm_std']),
@@ -521,10 +524,32 @@ def test_a_damaged_real_file_is_named(straight, tmp_path):                      
 def test_bad_input(straight, pretrained, data_dir, tmp_path, argv, words):                  # noqa: F811
     (tmp_path / 'junk.pt').write_bytes(b'nothing of use' * 100)
     write_wav(str(tmp_path / 'short.wav'), np.zeros(300))
+    (tmp_path / 'empty.wav').touch()
     (tmp_path / 'x.csv').mkdir()
     argv = [argument.format(tmp=tmp_path, pretrained=pretrained, tuned=f'{straight}/best.pt') for argument in argv]
     words = [word.format(tmp=tmp_path) for word in words]
     assert is_one_line_error(call(evaluation.run, f'--data_dir={data_dir}', *argv), *words)
+
+
+@pytest.mark.parametrize('mode, bars', [('probe', {'log-mel', 'encoding', 'probing'}),
+                                        ('embed', {'decoding', 'encoding'}), ('classify', {'decoding', 'classifying'})])
+def test_what_takes_long_shows_progress(
+        straight, pretrained, data_dir, tmp_path, monkeypatch, mode, bars):                 # noqa: F811
+    """On a terminal, and of the main process alone."""
+    write_wav(f'{tmp_path}/a.wav', np.random.default_rng(0).uniform(-0.5, 0.5, 16000))
+    how = {'probe': [f'--ckpt={pretrained}', '--dataset=noises', f'--data_dir={data_dir}'],
+           'embed': [f'--ckpt={pretrained}', f'--wav={tmp_path}/a.wav', f'--embed={tmp_path}/x.npz'],
+           'classify': [f'--ckpt={straight}/best.pt', f'--wav={tmp_path}/a.wav']}[mode]
+
+    def shown():
+        result = call(evaluation.run, *how, '--device=cpu')
+        assert result.code == 0, result.err
+        return bars_of(result)
+    assert shown() == set()
+    on_a_terminal(monkeypatch)
+    assert shown() == bars
+    monkeypatch.setattr(processes.Process, 'is_main', False)
+    assert shown() == set()
 
 
 # ------------------------------------------------------------------------------------------- what is read and written

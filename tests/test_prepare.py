@@ -108,6 +108,13 @@ def test_fsdd_in_every_packing(tmp_path, pack):
     assert len(theo) == 20 == len(open_clips(['fsdd'], str(tmp_path), leave_out=['fsdd/jackson']))
 
 
+def test_another_folder_is_not_fsdd(tmp_path):
+    source = write_tree(tmp_path / 'x', {'recordings/1_x.wav': b'', 'recordings/bark.wav': b'', '1_theo_3.wav': b''})
+    assert is_one_line_error(run('fsdd', f'--source={source}', f'--out_dir={tmp_path}/set'), str(source),
+                             'holds no recordings/DIGIT_SPEAKER_NUMBER.wav')
+    assert not os.path.exists(tmp_path / 'set')
+
+
 def esc_files(suffix='.ogg', clips=10):
     rows = ['filename,fold,target,category,esc10,src_file,take']
     files = {}
@@ -280,8 +287,8 @@ def test_bad_files_are_skipped_named_and_counted(tmp_path):
                '--max_bad=0.5').code == 0
     rows = dict(line.split('\t') for line in (tmp_path / 'set/skipped.tsv').read_text().splitlines())
     assert set(rows) == {f'bad/{name}' for name in bad}
-    for name, reason in (('nan.wav', 'NaN'), ('fast.wav', '2000000 Hz'), ('slow.wav', '10 Hz'),
-                         ('short.wav', 'shorter than one window'), ('long.wav', 'longer than')):
+    for name, reason in (('empty.wav', 'an empty file'), ('nan.wav', 'NaN'), ('fast.wav', '2000000 Hz'),
+                         ('slow.wav', '10 Hz'), ('short.wav', 'shorter than one window'), ('long.wav', 'longer than')):
         assert reason in rows[f'bad/{name}'], rows
     with open(tmp_path / 'set/meta.json') as f:
         assert json.load(f)['skipped'] == 10

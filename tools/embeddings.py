@@ -54,12 +54,12 @@ class Embedder:
         waves = clips_of(waves, rate)
         return self.clips(waves), *self.rows(waves)
 
-    def clips(self, waves, rate=SAMPLE_RATE):
+    def clips(self, waves, rate=SAMPLE_RATE, title=''):
         """Clip embeddings (clips, F) float32, of any length: those of eval.py --embed. F: 2 * columns * D of bands, D
-        of mean and cls. waves: see clips_of. Raises DataError, CheckpointError."""
+        of mean and cls. waves: see clips_of; title: of a progress bar, '': none. Raises DataError, CheckpointError."""
         with self.named():
             return features(self.encoder, clips_of(waves, rate), self.spectrum, self.process, self.autocast, self.pool,
-                            self.layer, batch_size=self.batch_size)
+                            self.layer, batch_size=self.batch_size, title=title)
 
     def rows(self, waves, rate=SAMPLE_RATE):
         """Time-stamped embeddings (clips, rows, columns * D) float32, one per row of patches (16 frames, 160 ms,

@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import configurator
 from audio import SAMPLE_RATE
@@ -88,14 +89,14 @@ def updated(held, settings, model):
             stamps[name] = info.st_size, info.st_mtime_ns
     fresh = {name: held[name] for name in names if name in held and held[name][0] == stamps.get(name)}
     waves, encoded, to_do = {}, 0, [name for name in names if name not in fresh]
-    for name in to_do:
+    for name in tqdm(to_do, desc='decoding', leave=False, disable=None):
         try:
             wave = decode_file(os.path.join(settings.folder, name), 60 * settings.max_minutes)
             waves[name] = clips_of(wave, SAMPLE_RATE).read(0)               # int16, half the memory
         except DataError as error:
-            print(f'left out: {printable(error)}')
+            tqdm.write(f'left out: {printable(error)}')                     # above the bar
         if waves and (name == to_do[-1] or sum(map(len, waves.values())) > TOGETHER):
-            rows = model.clips(list(waves.values()))
+            rows = model.clips(list(waves.values()), title='encoding')
             fresh.update({name: (stamps[name], row) for name, row in zip(waves, rows)})
             encoded += len(waves)
             waves = {}
