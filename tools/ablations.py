@@ -157,8 +157,9 @@ def run(argv):
         raise ConfigError(f'json_file = {settings.json_file}: no table is in it: leave out --show to make them')
     if not settings.show:
         check_output(settings.json_file, '.json', settings.config)
-        found, wanted = stored(settings.json_file), {(tuple(extra), seed): None for seed in range(1, settings.seeds + 1) for name in names
-                             for extra in TABLES[name][1].values()}
+        found = stored(settings.json_file)
+        wanted = {(tuple(extra), seed): None for seed in range(1, settings.seeds + 1) for name in names
+                  for extra in TABLES[name][1].values()}
         in_order = sorted(wanted, key=lambda pair: 'time' in pair[0])       # these need the times of the others
         for late in (False, True):
             part = [pair for pair in in_order if ('time' in pair[0]) == late]

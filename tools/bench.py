@@ -38,7 +38,7 @@ from engine.errors import ROOT, ConfigError, RunError
 from engine.files import replacing
 from engine.machine import cores
 from engine.run import ahead as read_ahead
-from fast import forms
+from fast import forms, kernels
 from fast.spectrogram import fbank
 from model import ASDA, Classifier
 from tools import authors_arrangement as authors
@@ -98,14 +98,14 @@ def spectrograms(bench, clips=None):
 
 # ------------------------------------------------------------------------------------------------------------- sections
 
-def training_step(bench):
+def training_step(bench, names=None):
     """-> a function that does one step of pretrain.train: input, masks, noise, forward, backward, clip, AdamW, EMA; it
-    may be given another source of spectrograms -> the loss"""
+    may be given another source of spectrograms -> the loss. names: faster forms; None: those that pretrain.py takes"""
     settings, config, process = bench.settings, bench.config, bench.process
     torch.manual_seed(settings.seed)
     model = ASDA(config).to(process.device)
     optimizer = pretrain.make_optimizer(model, settings, dataclasses.replace(process, rank=1))      # prints nothing
-    forms.apply(model, forms.choose(settings, config, {}, process))
+    forms.apply(model, forms.choose(settings, config, {}, process) if names is None else names)
     if settings.compile and processes.can_compile(process):
         model.compile(mode=settings.compile_mode)
     spec, count = spectrograms(bench), itertools.count()
@@ -119,6 +119,15 @@ def training_step(bench):
         model.update_teacher(pretrain.ema_decay_at(number, settings))
         return measures['loss']
     return step
+
+
+def measure_forms(bench):
+    """The step with each faster form alone, in times of the plain step, called in turn with it."""
+    names = [name for name in forms.FORMS if name in forms.ALWAYS or not kernels.unusable(bench.process.device)]
+    seconds = bench.seconds('forms', plain=training_step(bench, ()), **{
+        name: training_step(bench, (name,)) for name in names})
+    return {'plain_ms': 1e3 * seconds['plain'], **{
+        f'{name}_over_plain': seconds[name] / seconds['plain'] for name in names}}
 
 
 def measure_step(bench):
@@ -352,9 +361,10 @@ def measure_baseline(bench):
             **{f'{one}_over_{other}': seconds[one] / seconds[other] for one, other in pairs}}
 
 
-SECTIONS = {'step': measure_step, 'operators': measure_operators, 'with_data': measure_with_data, 'data': measure_data,
-            'fbank': measure_fbank, 'masks': measure_masks, 'growth': measure_growth, 'prepare': measure_prepare,
-            'finetune_data': measure_finetune_data, 'baseline': measure_baseline}
+SECTIONS = {'step': measure_step, 'forms': measure_forms, 'operators': measure_operators,
+            'with_data': measure_with_data, 'data': measure_data, 'fbank': measure_fbank, 'masks': measure_masks,
+            'growth': measure_growth, 'prepare': measure_prepare, 'finetune_data': measure_finetune_data,
+            'baseline': measure_baseline}
 
 
 # --------------------------------------------------------------------------------------------------------------- output

@@ -290,14 +290,17 @@ def draw_curves(settings, plt):
         how = {'color': '0.7', 'lw': 3} if settings.reference and run == 0 else {
             'color': plt.cm.viridis(0.85 * run / max(len(runs) - 1, 1)), 'lw': 1.2}
         for (title, measures), over_updates, over_time in zip(panels, *axes):
-            for style, name in zip(('-', '--', ':', '-.'), [name for name in measures if name in series]):
+            drawn = list(zip(('-', '--', ':', '-.'), [name for name in measures if name in series]))
+            for style, name in drawn:
                 steps, values = series[name]
-                label = path + ('' if name == title else f', {name.replace("_", " ")}')
-                over_updates.plot(steps, values, style, label=label, **how)
+                over_updates.plot(steps, values, style, label=path if style == '-' else '', **how)
                 over_time.plot([seconds.get(step, math.nan) / 60 for step in steps], values, style, **how)
+            if not run and [name for _, name in drawn] != [title]:          # lines are measures, colours are runs
+                over_time.legend(handles=[plt.Line2D([], [], color='black', linestyle=style,
+                                                     label=name.replace('_', ' ')) for style, name in drawn])
             over_updates.set(title=title, xlabel='updates')
             over_time.set_xlabel('minutes')
-            over_updates.legend(fontsize=6)
+        axes[0, 0].legend(fontsize=6)
     said = [f'{names[0]} / {name}: {where_they_part(runs[0], run, settings.tolerance)}'
             for name, run in zip(names[1:], runs[1:])]
     return figure, '\n'.join(said) or f'{names[0]}: {", ".join(sorted(runs[0][1]))}'
