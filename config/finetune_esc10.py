@@ -4,7 +4,7 @@
     python finetune.py config/finetune_esc10.py --ckpt=out/real/ckpt.pt
 
 What it costs: 200 updates of 16 clips. Time with the model of config/real.py: four minutes on one CPU core. What to
-expect: 85 %, from scratch 87, the linear probe of frozen features 91 (docs/results.md says why).
+expect: 90 %, from scratch 87 (docs/results.md).
 """
 include('finetune_small.py')
 

@@ -3,7 +3,7 @@
     python finetune.py config/finetune_wakewords.py --ckpt=out/real/ckpt.pt
 
 What it costs: 200 updates of 16 clips. Time with the model of config/real.py: two minutes on one CPU core. What to
-expect: 80 % at a learning rate of 1e-3, from scratch 70 (docs/results.md).
+expect: 84 % at a learning rate of 1e-3, from scratch 69 (docs/results.md).
 """
 include('finetune_small.py')
 
