@@ -11,7 +11,7 @@ from engine.loggers import Loggers
 
 
 def check_out_dir(out_dir, resume, overwrite):
-    """Refuse a folder that holds a run unless it is to go on or to go. -> True if there is a run to resume."""
+    """Refuse a folder that holds a run unless it is to go on or to go, and one to go on that holds none."""
     found = [name for name in ('ckpt.pt', 'ckpt.1.pt', 'log.jsonl') if os.path.exists(os.path.join(out_dir, name))]
     if resume and overwrite:
         raise ConfigError('--resume and --overwrite contradict each other: give one')
@@ -21,7 +21,6 @@ def check_out_dir(out_dir, resume, overwrite):
     if found and not resume and not overwrite:
         raise ConfigError(f'{out_dir} holds a run: add --resume to go on, --overwrite to start again, '
                           'or choose another --out_dir')
-    return resume
 
 
 def clear_out_dir(out_dir):
@@ -111,10 +110,6 @@ class Clock:
     def seconds_left(self, step):
         """Until last_step, from the mean time of a step so far."""
         return (time.time() - self.began) / max(step - self.first, 1) * (self.last - step)
-
-    def left(self, step):
-        """The same as '3m 20s'."""
-        return duration(self.seconds_left(step))
 
     def per_second(self, step, items_per_step):
         return (step - self.first) * items_per_step / max(time.time() - self.began, 1e-9)

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from engine.errors import ROOT, CheckpointError, ConfigError, DataError, ReadError, RunError
+from engine.errors import ROOT, CheckpointError, ConfigError, DataError, ReadError, RunError, first_line
 
 MIN_WIDTH = 128             # channels from which bfloat16 was seen to pay on a CPU
 TWICE = 1.0                 # seconds after which a second Ctrl-C is another one, and not passed on by a launcher
@@ -75,10 +75,6 @@ def exit_of(error):
     if isinstance(error, OSError):
         return 2, f'error: {error.filename or "the system"}: {error.strerror or error}'
     return None, ''
-
-
-def first_line(error):
-    return str(error).splitlines()[0][:150].strip()
 
 
 def lost_contact(error):
@@ -232,8 +228,7 @@ def can_compile(process):
         torch.compile(lambda x: x @ x + 1)(torch.ones(8, 8, device=process.device))
         return True
     except Exception as error:
-        process.print(f'warning: torch.compile does not work here ({str(error).splitlines()[0][:100]}); '
-                      'running without it')
+        process.print(f'warning: torch.compile does not work here ({first_line(error)}); running without it')
         return False
 
 
@@ -249,14 +244,9 @@ def provenance(process):
 def commit():
     """The git commit of this code, with '+' if files differ from it; '' outside a repository. Asked once, at the start:
     what is committed during a run is not what runs."""
+    ask = ['git', '-C', ROOT, 'describe', '--always', '--abbrev=40', '--exclude=*', '--dirty=+']
     try:
-        git = ['git', '-C', ROOT]
-        head = subprocess.run([*git, 'rev-parse', 'HEAD'], capture_output=True, text=True, timeout=10)
-        if head.returncode:
-            return ''
-        changed = subprocess.run([*git, 'status', '--porcelain', '-uno'], capture_output=True, text=True,
-                                 timeout=10).stdout
-        return head.stdout.strip() + ('+' if changed.strip() else '')
+        return subprocess.run(ask, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ''
 

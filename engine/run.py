@@ -46,7 +46,8 @@ class Run:
         settings, process = self.settings, self.process
         with contextlib.ExitStack() as closing:
             process.once(lambda: closing.enter_context(locked(settings.out_dir)))
-            self.resuming = logs.check_out_dir(settings.out_dir, settings.resume, settings.overwrite)
+            logs.check_out_dir(settings.out_dir, settings.resume, settings.overwrite)
+            self.resuming = settings.resume
             self.state = saving.latest_checkpoint(settings.out_dir, process) if self.resuming else {}
             self.provenance = processes.provenance(process)
             self.stop = self.stop or closing.enter_context(processes.Stop(process))
@@ -149,7 +150,7 @@ class Run:
         values, clock, settings = {**values, 'step': done}, self.clock, self.settings
         words, speed = self.report(values, self), clock.per_second(done, settings.batch_size)
         self.process.print(f'step {done:,}/{settings.max_steps:,}  {words}  {speed:,.1f} clips/s  '
-                           f'{clock.left(done)} left')
+                           f'{logs.duration(clock.seconds_left(done))} left')
         self.log.write(**values, clips_per_second=speed, seconds_left=clock.seconds_left(done), time=time.time())
 
     def skipped(self, done, in_a_row, own_loss_is_bad):

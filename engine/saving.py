@@ -1,10 +1,9 @@
 """Checkpoints of a run: written whole or not at all, read safely, and resumed."""
 import os
-import re
 
 import torch
 
-from engine.errors import CheckpointError, RunError
+from engine.errors import CheckpointError, RunError, first_line
 from engine.files import replacing
 from engine.processes import commit
 
@@ -23,9 +22,8 @@ def save_checkpoint(path, state, keep=2):
     try:
         with replacing(path, 'wb', before_rename=rotate) as f:
             torch.save({'version': CHECKPOINT_VERSION, 'commit': commit(), **state}, f)
-        for number, old in earlier(path).items():
-            if number >= keep:
-                os.remove(old)
+        for old in earlier(path, keep):
+            os.remove(old)
     except (OSError, RuntimeError) as error:                            # torch.save reports a full disk as RuntimeError
         raise RunError(f'could not write the checkpoint {path} ({error}); the one before it is intact') from None
 
@@ -34,12 +32,9 @@ def numbered(path, number):
     return path if number == 0 else f'{os.path.splitext(path)[0]}.{number}.pt'
 
 
-def earlier(path):
-    """{1: NAME.1.pt, 2: NAME.2.pt, ...} of those that there are, the newest first."""
-    folder, file = os.path.split(path)
-    pattern = re.compile(re.escape(os.path.splitext(file)[0]) + r'\.([1-9]\d*)\.pt')
-    found = filter(None, map(pattern.fullmatch, os.listdir(folder or '.') if os.path.isdir(folder or '.') else []))
-    return {number: numbered(path, number) for number in sorted(int(match[1]) for match in found)}
+def earlier(path, first=1):
+    """[NAME.1.pt, NAME.2.pt, ...] that there are, from the first number on, the newest first; at most 100 are kept."""
+    return list(filter(os.path.exists, (numbered(path, number) for number in range(first, 100))))
 
 
 def load_checkpoint(path, wanted=('model', 'config', 'settings')):
@@ -49,8 +44,7 @@ def load_checkpoint(path, wanted=('model', 'config', 'settings')):
     except FileNotFoundError:
         raise CheckpointError(f'there is no checkpoint {path}') from None
     except Exception as error:              # a damaged or hostile file can fail in any way; it is not a checkpoint
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise CheckpointError(f'{path} is not a checkpoint that can be read safely ({reason})') from None
+        raise CheckpointError(f'{path} is not a checkpoint that can be read safely ({first_line(error)})') from None
     missing = [key for key in wanted if not isinstance(state, dict) or not isinstance(state.get(key), CONTENTS[key])]
     if missing:
         raise CheckpointError(f'{path} is not a checkpoint of this code: it has no valid {", ".join(missing)}')
@@ -64,7 +58,7 @@ def load_checkpoint(path, wanted=('model', 'config', 'settings')):
 def latest_checkpoint(out_dir, process):
     """The newest checkpoint of a run that can be read: ckpt.pt, or one before it with a warning."""
     newest, problems = os.path.join(out_dir, 'ckpt.pt'), []
-    for path in (newest, *earlier(newest).values()):
+    for path in (newest, *earlier(newest)):
         try:
             state = load_checkpoint(path, ('model', 'config', 'settings', 'optimizer', 'step', 'input'))
             if problems:
@@ -117,7 +111,7 @@ def load_weights(module, state, path):
     try:
         module.load_state_dict(state)
     except (RuntimeError, NotImplementedError, AttributeError, TypeError) as error:     # sparse, without data, ...
-        raise CheckpointError(f'{path}: its weights cannot be copied ({str(error).splitlines()[0][:100]})') from None
+        raise CheckpointError(f'{path}: its weights cannot be copied ({first_line(error)})') from None
     for name, weight in module.state_dict().items():
         if not weight.isfinite().all():
             raise CheckpointError(f'{path}: the weight {name} holds numbers that are not finite: take an earlier '
