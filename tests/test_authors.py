@@ -138,7 +138,7 @@ def test_base_and_large_of_eat_and_sslam(tmp_path, D, heads, layers):
     ours = Classifier(config, 527)
     theirs = {}
     for name, tensor in ours.state_dict().items():
-        table = {'encoder.cls': 'model.' + authors.ENCODER_NAMES['cls'],
+        table = {'encoder.cls': 'model.modality_encoders.IMAGE.extra_tokens',
                  'encoder.patch_embed.': 'model.modality_encoders.IMAGE.local_encoder.proj.',
                  'encoder.norm.': 'model.modality_encoders.IMAGE.context_encoder.norm.', 'head_norm.': 'fc_norm.',
                  'encoder.blocks.': 'model.blocks.', 'mlp.0.': 'mlp.fc1.', 'mlp.2.': 'mlp.fc2.'}
