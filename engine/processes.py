@@ -160,12 +160,12 @@ def start(device='auto', threads=0, deterministic=False):
         torch.set_num_threads(threads)
     rank, world, local = (int(os.environ.get(name, default))
                           for name, default in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
+    available = {'cpu': True, 'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available()}
     if device == 'auto':
-        device = ('cuda' if torch.cuda.is_available() else
-                  'mps' if torch.backends.mps.is_available() and world == 1 else 'cpu')
-    if device not in ('cpu', 'cuda', 'mps'):
+        device = 'cuda' if available['cuda'] else 'mps' if available['mps'] and world == 1 else 'cpu'
+    if device not in available:
         raise ConfigError(f'device = {device!r} is none of auto, cpu, cuda, mps')
-    if device == 'cuda' and not torch.cuda.is_available() or device == 'mps' and not torch.backends.mps.is_available():
+    if not available[device]:
         raise ConfigError(f'device = {device!r}, but PyTorch finds none here: write --device=cpu')
     if device == 'cuda':
         torch.cuda.set_device(local)
