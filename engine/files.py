@@ -27,6 +27,11 @@ def replacing(path, mode='w', before_rename=lambda: None):
         raise
 
 
+def names_in(folder):
+    """What a folder holds, sorted; nothing if there is no such folder."""
+    return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+
+
 def fsync_folder(folder):
     """Make renames in it durable."""
     handle = os.open(folder, os.O_RDONLY)

@@ -6,7 +6,7 @@ import re
 import time
 
 from engine.errors import ConfigError
-from engine.files import replacing
+from engine.files import names_in, replacing
 from engine.loggers import Loggers
 
 
@@ -25,10 +25,9 @@ def check_out_dir(out_dir, resume, overwrite):
 
 def clear_out_dir(out_dir):
     """Remove the run that --overwrite replaces, so that none of its checkpoints can be taken for the new run's."""
-    if os.path.isdir(out_dir):
-        for file in os.listdir(out_dir):
-            if re.fullmatch(r'(ckpt(\.\d+)?|best)\.pt|log\.jsonl|learned\.png|events\.out\.tfevents\..*', file):
-                os.remove(os.path.join(out_dir, file))
+    for file in names_in(out_dir):
+        if re.fullmatch(r'(ckpt(\.\d+)?|best)\.pt|log\.jsonl|learned\.png|events\.out\.tfevents\..*', file):
+            os.remove(os.path.join(out_dir, file))
 
 
 class Log:
