@@ -69,7 +69,7 @@ def open_ours(path, state):
         def build():
             return Classifier(config, len(classes)) if is_classifier else ASDA(config)
         with torch.device('meta'):                                          # before memory is spent on absurd sizes
-            saving.compare_weights(build(), weights, path)
+            saving.load_weights(build(), weights, path, assign=True)
         model = build()
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f'{path} is a damaged checkpoint ({type(error).__name__}: {error})') from None

@@ -245,15 +245,13 @@ class Late:
     def swap(self, item, values, wait=False):
         """Take an item with its values (n,), a tensor on the device -> [(earlier item, its numbers)] that have arrived;
         with wait, this one too."""
-        on_gpu = self.process.device.type == 'cuda'
         arrived = None
-        if on_gpu:
-            values = values.to('cpu', non_blocking=True)
-            arrived = torch.cuda.Event()
+        if self.process.device.type == 'cuda':
+            values, arrived = values.to('cpu', non_blocking=True), torch.cuda.Event()
             arrived.record()
         self.pending.append((item, values, arrived))
-        keep = 1 if on_gpu and not wait else 0
-        ready, self.pending = self.pending[:len(self.pending) - keep], self.pending[len(self.pending) - keep:]
+        ready = self.pending if wait or not arrived else self.pending[:-1]
+        self.pending = self.pending[len(ready):]
         for _, _, arrived in ready:
             if arrived:
                 arrived.synchronize()

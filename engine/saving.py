@@ -104,35 +104,17 @@ def resume(state, out_dir, model, optimizer, config, input_info, settings, free,
     process.print(f'going on after step {state["step"]:,}')
 
 
-def load_weights(module, state, path):
-    """Copy a state dict into a module; names, shapes and types must all agree, and its numbers be finite. Raises
-    CheckpointError."""
-    compare_weights(module, state, path)
+def load_weights(module, state, path, **how):
+    """Copy a state dict into a module; names and shapes must agree, and its numbers be finite floats. Raises
+    CheckpointError. how: assign=True only compares them with a module on the device meta."""
     try:
-        module.load_state_dict(state)
+        module.load_state_dict(state, **how)
+        for name, weight in state.items():
+            if not weight.is_floating_point() or not weight.isfinite().all():
+                raise CheckpointError(f'{path}: the weight {name} holds numbers that are not finite, or of type '
+                                      f'{weight.dtype}: take an earlier checkpoint')
     except (RuntimeError, NotImplementedError, AttributeError, TypeError) as error:     # sparse, without data, ...
-        raise CheckpointError(f'{path}: its weights cannot be copied ({first_line(error)})') from None
-    for name, weight in module.state_dict().items():
-        if not weight.isfinite().all():
-            raise CheckpointError(f'{path}: the weight {name} holds numbers that are not finite: take an earlier '
-                                  'checkpoint')
-
-
-def compare_weights(module, state, path):
-    """Whether a state dict is of this module, which may be on the device meta: names, shapes, types. Raises
-    CheckpointError."""
-    own = module.state_dict()
-    for name in own:
-        if name not in state:
-            raise CheckpointError(f'{path}: the weight {name} is missing')
-        if (not isinstance(state[name], torch.Tensor) or state[name].shape != own[name].shape
-                or not state[name].is_floating_point()):
-            found = tuple(state[name].shape) if isinstance(state[name], torch.Tensor) else type(state[name]).__name__
-            raise CheckpointError(f'{path}: the weight {name} is {found}, the model needs {tuple(own[name].shape)}')
-    extra = [name for name in state if name not in own]
-    if extra:
-        raise CheckpointError(f'{path}: unexpected weight {extra[0]}'
-                              + (f' and {len(extra) - 1} more' if len(extra) > 1 else ''))
+        raise CheckpointError(f'{path}: its weights do not fit: {" ".join(str(error).split())[:300]}') from None
 
 
 def unwrapped(weights):
