@@ -95,9 +95,23 @@ def listed_first(ids, starts, parts, lists):
 
 def read_class_labels(settings):
     """class_labels_indices.csv (index, mid, display_name) -> {mid: class}, [display names]. Raises DataError."""
-    path = settings.labels or os.path.join(settings.work_dir, cache_name(AUDIOSET_URL + 'labels', 'csv'))
-    if not os.path.exists(path) and not settings.labels:
-        download(AUDIOSET_URL + 'class_labels_indices.csv', path, instead='--labels=PATH')
+    path = settings.labels
+    if not path:
+        path = os.path.join(settings.work_dir, cache_name(AUDIOSET_URL + 'labels', 'csv'))
+        if not os.path.exists(path):
+            download(AUDIOSET_URL + 'class_labels_indices.csv', path, instead='--labels=PATH')
+    rows = read_label_csv(path)
+    if len(rows) != 527 and not settings.labels:
+        os.remove(path)
+        raise DataError(f'{AUDIOSET_URL}class_labels_indices.csv names {len(rows)} classes instead of 527: get it by '
+                        'other means and give --labels=PATH')
+    if len(rows) != 527:
+        print(f'warning: {len(rows)} classes in {path}; AudioSet has 527')
+    return {mid: i for i, (mid, _) in enumerate(rows)}, [name for _, name in rows]
+
+
+def read_label_csv(path):
+    """[(mid, display name)] of AudioSet's class_labels_indices.csv, in the order of its indices. Raises DataError."""
     try:
         with open_text(path) as f:
             rows = [(int(row['index']), row['mid'], row['display_name']) for row in csv.DictReader(f)]
@@ -109,13 +123,7 @@ def read_class_labels(settings):
     if not rows or [index for index, _, _ in rows] != list(range(len(rows))) or not all(mid for _, mid, _ in rows):
         raise DataError(f'{path} is not a list `index,mid,display_name` with indices from 0, as AudioSet\'s '
                         'class_labels_indices.csv')
-    if len(rows) != 527 and not settings.labels:
-        os.remove(path)
-        raise DataError(f'{AUDIOSET_URL}class_labels_indices.csv names {len(rows)} classes instead of 527: get it by '
-                        'other means and give --labels=PATH')
-    if len(rows) != 527:
-        print(f'warning: {len(rows)} classes in {path}; AudioSet has 527')
-    return {mid: index for index, mid, _ in rows}, [name for _, _, name in rows]
+    return [(mid, name) for _, mid, name in rows]
 
 
 def read_segments(paths, mids):
