@@ -95,7 +95,7 @@ class CheckpointUnpickler(pickle._Unpickler):
             return collections.OrderedDict
         if module in ('builtins', '__builtin__') and name in PLAIN:
             return PLAIN[name]
-        return make_placeholder(f'{module}.{name}')
+        return make_placeholder()
 
     def persistent_load(self, reference):
         """('storage', type, key, location, number of elements) -> a flat tensor over the member data/key."""
@@ -128,7 +128,7 @@ class StorageType:
     dtype: torch.dtype
 
 
-def make_placeholder(name):
+def make_placeholder():
     """A class that takes any arguments and any state and does nothing with them but keep the state."""
     class Placeholder:
         def __init__(self, *args, **kwargs):
@@ -147,9 +147,6 @@ def make_placeholder(name):
             pass
 
         extend = add = append
-
-        def __repr__(self):
-            return f'<{name}, not loaded>'
     return Placeholder
 
 

@@ -1,9 +1,8 @@
-"""The folder of a run and its log.jsonl; speed and time left."""
+"""The folder of a run and its log.jsonl."""
 import json
 import math
 import os
 import re
-import time
 
 from engine.errors import ConfigError
 from engine.files import names_in, replacing
@@ -98,20 +97,6 @@ def last_logged(out_dir, key, step):
         if values.get('step') == step:
             found = values.get(key, found)
     return found
-
-
-class Clock:
-    """Speed and time left, over the steps since it was made."""
-
-    def __init__(self, step, last_step):
-        self.first, self.last, self.began = step, last_step, time.time()
-
-    def seconds_left(self, step):
-        """Until last_step, from the mean time of a step so far."""
-        return (time.time() - self.began) / max(step - self.first, 1) * (self.last - step)
-
-    def per_second(self, step, items_per_step):
-        return (step - self.first) * items_per_step / max(time.time() - self.began, 1e-9)
 
 
 def duration(seconds):

@@ -205,13 +205,11 @@ def autocast(process, dtype, width=0):
 def in_float32(*modules):
     """Let modules of one argument compute in float32 whatever autocast says: a classifier's head, since logits of 8
     bits rank otherwise."""
-    def outside_autocast(forward):
-        def in_float32(x):
-            with torch.autocast(x.device.type, enabled=False):
-                return forward(x.float())
-        return in_float32
+    def outside_autocast(forward, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return forward(x.float())
     for module in modules:
-        module.forward = outside_autocast(module.forward)
+        module.forward = functools.partial(outside_autocast, module.forward)
 
 
 def cpu_has_bfloat16():

@@ -106,7 +106,7 @@ class Run:
         self.log.share(configurator.words(settings.loggers), vars(settings), process.print)
         if evaluate and not self.done:
             evaluate()
-        self.clock, self.late = logs.Clock(self.first, settings.max_steps), Late(process)
+        self.began, self.late = time.time(), Late(process)
         items = range(self.first, settings.max_steps)
         reading = self.closing.enter_context(contextlib.closing(
             loader(batches, items, settings.workers, pin=process.device.type == 'cuda')))
@@ -147,11 +147,12 @@ class Run:
             self.skipped(done, int(bad_steps), own_loss_is_bad)
         if not is_logged:
             return
-        values, clock, settings = {**values, 'step': done}, self.clock, self.settings
-        words, speed = self.report(values, self), clock.per_second(done, settings.batch_size)
+        values, settings = {**values, 'step': done}, self.settings
+        words, per_step = self.report(values, self), (time.time() - self.began) / (done - self.first)
+        speed, left = settings.batch_size / max(per_step, 1e-9), per_step * (settings.max_steps - done)
         self.process.print(f'step {done:,}/{settings.max_steps:,}  {words}  {speed:,.1f} clips/s  '
-                           f'{logs.duration(clock.seconds_left(done))} left')
-        self.log.write(**values, clips_per_second=speed, seconds_left=clock.seconds_left(done), time=time.time())
+                           f'{logs.duration(left)} left')
+        self.log.write(**values, clips_per_second=speed, seconds_left=left, time=time.time())
 
     def skipped(self, done, in_a_row, own_loss_is_bad):
         """Say that a step was skipped, its gradient not being finite; after max_bad_steps in a row end the run, naming
