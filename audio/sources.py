@@ -148,12 +148,8 @@ def kind_of(path):
         with open(path, 'rb') as f:
             if f.read(2) == b'PK' and zipfile.is_zipfile(path):
                 return 'zip'
-        for mode, kind in (('r:', 'tar'), ('r:*', 'compressed tar')):
-            try:
-                tarfile.open(path, mode, tarinfo=BoundedHeader).close()
-                return kind
-            except tarfile.ReadError:
-                continue
+        with contextlib.suppress(tarfile.ReadError), tarfile.open(path, tarinfo=BoundedHeader) as archive:
+            return 'tar' if isinstance(archive.fileobj, io.BufferedReader) else 'compressed tar'
         if zipfile.is_zipfile(path):
             return 'zip'
     except (*ARCHIVE_ERRORS, UnicodeError, ValueError, NotImplementedError) as error:
