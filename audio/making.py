@@ -51,8 +51,7 @@ def files_of_set(folder):
 
 
 def check_out_dir(settings):
-    """Refuse a folder that lies in the source or holds it, or that holds files of others under our names.
-    Raises ConfigError."""
+    """Raise ConfigError for a folder in the source or around it, or with files of others under our names."""
     out_dir, source = settings.out_dir, getattr(settings, 'source', '')
     real, real_source = os.path.realpath(out_dir), os.path.realpath(source)
     work = os.path.join(real, UNFINISHED)

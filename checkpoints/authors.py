@@ -50,8 +50,7 @@ PLAIN = {'dict': dict, 'list': list, 'set': set, 'tuple': tuple, 'int': int, 'fl
 
 
 def read_fairseq(path):
-    """The dictionary of a fairseq checkpoint: tensors and plain values, placeholders for all else.
-    Raises CheckpointError."""
+    """The dictionary of a fairseq checkpoint: tensors, plain values, else placeholders. Raises CheckpointError."""
     try:
         with zipfile.ZipFile(path) as archive:
             pickled = [name for name in archive.namelist() if name.endswith('/data.pkl')]
@@ -187,8 +186,7 @@ def load_classifier(path, **overrides):
     weights, cfg = model_and_cfg(path)
     head = {name: weights[name] for name in HEAD if name in weights}
     if len(head) != 4 or not isinstance(head['head.weight'], torch.Tensor) or head['head.weight'].ndim != 2:
-        raise CheckpointError(f'{path} has no classification head (head.*, fc_norm.*): '
-                              'it is not a fine-tuned checkpoint')
+        raise CheckpointError(f'{path} has no head (head.*, fc_norm.*): it is not a fine-tuned checkpoint')
     weights = {name.removeprefix('model.'): tensor for name, tensor in weights.items() if name.startswith('model.')}
     weights.pop('_ema', None)
     config = config_from(weights, cfg, path, overrides)
@@ -207,8 +205,7 @@ def model_and_cfg(path):
 
 
 def config_from(weights, cfg, path, overrides):
-    """ASDAConfig from the shapes of the weights, heads and input length from cfg,
-    the rest from the authors' literals."""
+    """ASDAConfig by the shapes of the weights; heads and input length by cfg, the rest by the authors' literals."""
     try:
         blocks = 1 + max(int(name.split('.')[1]) for name in weights if name.startswith('blocks.'))
         D = weights['modality_encoders.IMAGE.extra_tokens'].shape[-1]
@@ -219,8 +216,7 @@ def config_from(weights, cfg, path, overrides):
         single = 'blocks.0.attn.qkv.weight' in weights
         groups = D // convs[0].shape[1] if convs else 16
     except (KeyError, ValueError, AttributeError, IndexError, ZeroDivisionError):
-        raise CheckpointError(f'{path} is not a checkpoint of ASDA, EAT or SSLAM: '
-                              'their weights are not in it') from None
+        raise CheckpointError(f'{path} is no checkpoint of ASDA, EAT or SSLAM: their weights are not in it') from None
     frames = dig(cfg, 'task', 'target_length') or dig(cfg, 'model', 'target_length') or dig(
         cfg, 'model', 'modalities', 'image', 'target_length')
     heads = dig(cfg, 'model', 'num_heads') or dig(cfg, 'model', 'pretrained_model_args', 'model', 'num_heads')

@@ -9,8 +9,7 @@ from engine.errors import ConfigError
 
 @contextlib.contextmanager
 def replacing(path, mode='w', before_rename=lambda: None):
-    """A file that appears under its name only when it is whole: temporary name, fsync, rename;
-    nothing stays on failure."""
+    """A file that appears under its name whole (temporary name, fsync, rename) or not at all."""
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     temporary = path + '.tmp'
     try:

@@ -12,8 +12,7 @@ CONTENTS = {'model': dict, 'config': dict, 'settings': dict, 'optimizer': dict, 
 
 
 def save_checkpoint(path, state, keep=2):
-    """Write to a temporary name, fsync, rename;
-    of earlier ones the newest keep - 1 stay as NAME.1.pt, NAME.2.pt, ..."""
+    """Write one, whole or not at all; of earlier ones the newest keep - 1 stay as NAME.1.pt, NAME.2.pt, ..."""
     def rotate():
         for older in range(keep - 1, 0, -1):                                # ckpt.pt -> ckpt.1.pt -> ckpt.2.pt ...
             newer = numbered(path, older - 1)
