@@ -93,9 +93,8 @@ def check_ranges(settings, **ranges):
     """Raise ConfigError if a setting is not a number in its (lowest, highest); None passes."""
     for name, (low, high) in ranges.items():
         value = getattr(settings, name)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (is_number and low <= value <= high):
             raise ConfigError(f'{name} = {value!r} must be a number from {low:g} to {high:g}')
 
 

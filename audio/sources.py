@@ -315,9 +315,6 @@ class Section(io.RawIOBase):
         self.place = offset + (0, self.place, self.size)[whence]
         return self.place
 
-    def tell(self):
-        return self.place
-
     def readable(self):
         return True
 

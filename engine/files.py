@@ -1,6 +1,5 @@
 """Files that appear under their names only when they are whole, and folders that one process has for itself."""
 import contextlib
-import errno
 import fcntl
 import os
 
@@ -78,11 +77,11 @@ def lock_file(path):
         file = open(path, 'a')
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                file.close()
-                return None
-            return file                                                     # a file system without locks
+        except (BlockingIOError, PermissionError):
+            file.close()
+            return None
+        except OSError:                                                     # a file system without locks
+            return file
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 return file

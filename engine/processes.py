@@ -192,11 +192,9 @@ def autocast(process, dtype, width=0):
     if dtype not in ('auto', 'float32', 'bfloat16'):
         raise ConfigError(f'dtype = {dtype!r} is none of auto, float32, bfloat16')
     if dtype == 'auto':
-        if process.device.type == 'cuda':
-            gains = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            gains = process.device.type == 'cpu' and width >= MIN_WIDTH and cpu_has_bfloat16()
-        dtype = 'bfloat16' if gains else 'float32'
+        on_gpu = process.device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
+        on_cpu = process.device.type == 'cpu' and width >= MIN_WIDTH and cpu_has_bfloat16()
+        dtype = 'bfloat16' if on_gpu or on_cpu else 'float32'
     if dtype == 'float32':
         return contextlib.nullcontext, dtype
     return lambda: torch.autocast(process.device.type, torch.bfloat16), dtype
