@@ -13,12 +13,13 @@ This file must not know what any setting means.
 """
 import ast
 import difflib
-import io
+import itertools
 import os
-import tokenize
 import types
 
 from engine.errors import ConfigError
+
+FLAGS = {'true': True, '1': True, 'false': False, '0': False}
 
 
 class Settings(types.SimpleNamespace):
@@ -37,44 +38,25 @@ def settings_of(path, class_name=None):
     """-> {name: (default, comment)} of a script's settings, or of a dataclass in it, in the order of the file."""
     with open(path, encoding='utf-8') as f:
         source = f.read()
-    comments, alone, found, values = {}, set(), {}, {}
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            comments[token.start[0]] = token.string.lstrip('# ')
-            if not token.line[:token.start[1]].strip():
-                alone.add(token.start[0])
-    body = ast.parse(source).body
+    body, lines, found = ast.parse(source).body, source.splitlines(), {}
     if class_name:
         body = next(node.body for node in body if isinstance(node, ast.ClassDef) and node.name == class_name)
     for node in body:
-        names = assigned_names(node)
+        if not isinstance(node, (ast.Assign, ast.AnnAssign)) or node.value is None:
+            continue
+        names = [part.id for target in getattr(node, 'targets', None) or [node.target] for part in ast.walk(target)
+                 if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store) and is_setting(part.id)]
         if not names:
             continue
-        if isinstance(node, ast.AnnAssign):                 # its annotation does not matter
-            node = ast.copy_location(ast.Assign([node.target], node.value), node)
         try:
-            exec(compile(ast.Module([node], []), path, 'exec'), {'__builtins__': {}}, values)
-            for name in filter(is_setting, names):
-                ast.literal_eval(repr(values[name]))
-        except Exception:
-            if any(map(is_setting, names)):
-                raise ConfigError(f'{path}, line {node.lineno}: {" and ".join(names)} must be plain values to be '
-                                  'settings; in capitals or with an underscore ahead they are none') from None
-        line, comment = node.end_lineno, [comments.get(node.end_lineno, '')]
-        while line + 1 in alone:                            # a comment may go on over the next lines
-            line += 1
-            comment.append(comments[line])
-        found.update({name: (values[name], ' '.join(comment).strip()) for name in names if is_setting(name)})
+            [name], value = names, ast.literal_eval(node.value)
+        except ValueError:
+            raise ConfigError(f'{path}, line {node.lineno}: {" and ".join(names)} must be plain values to be '
+                              'settings, one a line; in capitals or with an underscore ahead they are none') from None
+        comment = [lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode()]
+        comment += itertools.takewhile(lambda line: line.strip().startswith('#'), lines[node.end_lineno:])
+        found[name] = value, ' '.join(line.lstrip('# ') for line in comment).strip()
     return found
-
-
-def assigned_names(node):
-    """The names that a statement assigns, in order; none for other statements."""
-    if not isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)) or node.value is None:
-        return []
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-    return [part.id for target in targets for part in ast.walk(target)
-            if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)]
 
 
 def is_setting(name):
@@ -95,7 +77,7 @@ def configure(script, argv, *lenders):
         print_help(script, known)
         raise SystemExit(0)
     files, overrides = parse_arguments(argv, known)
-    line = {name: checked(name, from_text(name, text, known[name][0]), known[name][0], 'the command line')
+    line = {name: checked(name, from_text(text, known[name][0]), known[name][0], 'the command line')
             for name, text in overrides}
     values = {**{name: default for name, (default, _) in known.items()}, **line}
     namespace = Namespace(values, line)
@@ -111,9 +93,8 @@ def check_ranges(settings, **ranges):
     """Raise ConfigError if a setting is not a number in its (lowest, highest); None passes."""
     for name, (low, high) in ranges.items():
         value = getattr(settings, name)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (is_number and low <= value <= high):
             raise ConfigError(f'{name} = {value!r} must be a number from {low:g} to {high:g}')
 
 
@@ -131,7 +112,7 @@ def parse_arguments(argv, known):
         if not equals:
             is_flag = isinstance(known[name][0], bool)
             following = arguments[0] if arguments else None
-            if is_flag and (following is None or following.lower() not in ('true', 'false', '1', '0')):
+            if is_flag and (following is None or following.lower() not in FLAGS):
                 text = 'True'
             elif following is None or following.startswith('--'):
                 raise ConfigError(f'--{name} needs a value: write --{name}=VALUE')
@@ -218,15 +199,12 @@ def require_known(name, known, where, advice=''):
     raise ConfigError(f'unknown key {name!r} in {where}: {hint}{advice}')
 
 
-def from_text(name, text, default):
+def from_text(text, default):
     """A command-line text as a value; strings stay as they are, so that a value may hold any character."""
     if isinstance(default, str):
         return text
     if isinstance(default, bool):
-        lowered = text.lower()
-        if lowered in ('true', '1', 'false', '0'):
-            return lowered in ('true', '1')
-        return text
+        return FLAGS.get(text.lower(), text)
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
@@ -235,20 +213,15 @@ def from_text(name, text, default):
 
 def checked(name, value, default, where):
     """value, if it is of the default's type (an int is accepted for a float, anything plain for a None default)."""
-    if default is None or value is None:
-        if value is None and default is not None:
-            raise ConfigError(f'{name} in {where} must be of type {type(default).__name__}, not None')
+    if default is None:
         return value
-    if isinstance(default, bool) or isinstance(value, bool):
-        suits = isinstance(value, bool) and isinstance(default, bool)
-    elif isinstance(default, float) and isinstance(value, int):
-        value, suits = float(value), True
-    elif isinstance(default, int) and isinstance(value, float) and value.is_integer():     # 1e6 updates
-        value, suits = int(value), True
-    else:
-        suits = isinstance(value, type(default))
-    if not suits:
-        raise ConfigError(f'{name} in {where} must be of type {type(default).__name__}, not {value!r}')
+    kind, is_flag = type(default), isinstance(value, bool)
+    if kind is float and isinstance(value, int) and not is_flag:
+        return float(value)
+    if kind is int and isinstance(value, float) and value.is_integer():     # 1e6 updates
+        return int(value)
+    if not isinstance(value, kind) or is_flag and kind is not bool:
+        raise ConfigError(f'{name} in {where} must be of type {kind.__name__}, not {value!r}')
     return value
 
 

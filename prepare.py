@@ -34,11 +34,11 @@ import configurator
 from audio import HOP_SAMPLES, WINDOWS, frames_in, making, samples_for
 from audio.clips import key_hash, read_meta
 from audio.decoding import NO_DECODER, Spilled, decode, other_decoder, pieces_of, to_pcm
-from audio.sources import ARCHIVE_ERRORS, content_of, is_compressed_tar, reason_of
+from audio.sources import ARCHIVE_ERRORS, content_of, kind_of, reason_of
 from audio.workers import AHEAD, Worker, in_order
 from engine import machine, processes
 from engine.errors import ConfigError, DataError
-from engine.files import printable, replacing
+from engine.files import names_in, printable, replacing
 from fast.spectrogram import fbank
 from recipes import audioset, demo, esc50, folder, fsdd, speechcommands
 from recipes import plan as every_source
@@ -157,7 +157,7 @@ def share_of(text):
 def remove_others(every, settings):
     """Delete shards of an unfinished set that are none of this plan's, if that is allowed. Raises DataError."""
     names = {base for base, _ in every}
-    for file in sorted(os.listdir(settings.work_dir)) if os.path.isdir(settings.work_dir) else ():
+    for file in names_in(settings.work_dir):
         if re.fullmatch(making.SHARD, file) and file[:-4] not in names:
             if not settings.overwrite:
                 raise another_source(os.path.join(settings.work_dir, file))
@@ -271,8 +271,9 @@ def configured(argv):
     if settings.shards and settings.overwrite:
         raise ConfigError('--shards with --overwrite would delete what other machines have made: delete '
                           f'{settings.out_dir} yourself')
-    if settings.shards and not (getattr(settings, 'source', True) and getattr(settings, 'labels', True)) or (
-            settings.shards and os.path.exists(getattr(settings, 'source', '')) and is_compressed_tar(settings.source)):
+    source = getattr(settings, 'source', None)                              # None: the recipe reads no files
+    if settings.shards and (source == '' or not getattr(settings, 'labels', True)
+                            or source and os.path.exists(source) and kind_of(source) == 'compressed tar'):
         raise ConfigError('--shards needs a --source (for audioset --labels too) that no machine has to '
                           'download or decompress: a folder, zip or uncompressed tar')
     return recipe, settings
@@ -294,8 +295,7 @@ def run(argv):
         try:
             prepare(recipe.plan(settings), settings)
         except DataError:
-            if not settings.shards and os.path.isdir(settings.work_dir) and not any(
-                    file.endswith('.npz') for file in os.listdir(settings.work_dir)):
+            if not settings.shards and not any(file.endswith('.npz') for file in names_in(settings.work_dir)):
                 making.remove_unfinished(settings.work_dir)         # not one whole shard: nothing half-written stays
             raise
 

@@ -3,7 +3,6 @@
 The units of all of it stand here. This folder must not know the network.
 """
 
-
 SAMPLE_RATE = 16000
 WINDOW_SAMPLES = 400        # 25 ms
 HOP_SAMPLES = 160           # 10 ms

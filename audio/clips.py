@@ -220,8 +220,7 @@ def read_meta(folder):
 
 
 def read_shards(folder, split, meta):
-    """Yield (clips, path without suffix, {array name: array}) of every shard of a split,
-    checked against its PCM file."""
+    """Yield (clips, path without suffix, {array name: array}) of every shard of a split, checked."""
     pattern = re.compile(re.escape(split) + r'-\d{5}\.npz')
     for file in sorted(f for f in os.listdir(folder) if pattern.fullmatch(f)):
         base = os.path.join(folder, file[:-4])

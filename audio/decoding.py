@@ -3,6 +3,7 @@ import contextlib
 import fractions
 import functools
 import io
+import math
 import os
 import re
 import shutil
@@ -177,7 +178,7 @@ def mono(blocks):
         yield (block[:, loudest] for block in blocks())
 
 
-def to_pcm(pieces, path, most):
+def to_pcm(pieces, path=None, most=math.inf):
     """Pieces of a waveform -> int16 samples (n,): an array or, of more than `most` bytes, Spilled into a new file."""
     parts, size, file = [], 0, None
     with contextlib.ExitStack() as stack:

@@ -1,11 +1,10 @@
 """Audio files that a user names, opened as clips in memory."""
 import os
 
-import numpy as np
 from tqdm import tqdm
 
 from audio.clips import Clips
-from audio.decoding import decode_file
+from audio.decoding import decode_file, to_pcm
 from audio.sources import list_source
 from engine.errors import ConfigError, DataError
 from engine.files import printable
@@ -41,7 +40,7 @@ def open_files(paths, max_minutes, process):
         except DataError as error:
             errors.append(error)
             continue
-        waves.append(np.clip(np.rint(wave * 32768), -32768, 32767).astype(np.int16))
+        waves.append(to_pcm([wave]))
         read.append(path)
     for error in errors if len(paths) > 1 else ():
         process.print(f'left out: {printable(error)}')

@@ -11,7 +11,6 @@ import re
 import shutil
 import signal
 import sys
-import threading
 
 import numpy as np
 
@@ -19,7 +18,7 @@ from audio import N_MELS, SAMPLE_RATE, WINDOWS, frames_in
 from audio.clips import FORMAT_VERSION
 from audio.decoding import NO_DECODER
 from engine.errors import ConfigError, DataError
-from engine.files import fsync_folder, locked, printable, replacing
+from engine.files import fsync_folder, locked, names_in, printable, replacing
 
 TEMPORARY = 'temporary-'                            # a folder in that: clips too long for memory, ffmpeg's files
 UNFINISHED = '.unfinished'                          # the folder inside the set's that it is made in
@@ -40,8 +39,8 @@ def is_whole(folder):
 def files_of_set(folder):
     """The files in a folder that a preparation has written: shards whose index holds its plan, and what goes with
     them; meta.json comes last."""
-    there, ours = set(os.listdir(folder)) if os.path.isdir(folder) else set(), []
-    for file in sorted(there):
+    there, ours = names_in(folder), []
+    for file in there:
         if file.endswith('.npz') and NAMES.fullmatch(file):
             with contextlib.suppress(Exception):                            # whatever it is, it is not ours
                 with np.load(os.path.join(folder, file), allow_pickle=False) as stored:
@@ -52,8 +51,7 @@ def files_of_set(folder):
 
 
 def check_out_dir(settings):
-    """Refuse a folder that lies in the source or holds it, or that holds files of others under our names.
-    Raises ConfigError."""
+    """Raise ConfigError for a folder in the source or around it, or with files of others under our names."""
     out_dir, source = settings.out_dir, getattr(settings, 'source', '')
     real, real_source = os.path.realpath(out_dir), os.path.realpath(source)
     work = os.path.join(real, UNFINISHED)
@@ -64,7 +62,7 @@ def check_out_dir(settings):
     if is_whole(settings.work_dir):                                         # being moved out: a mixture
         return
     ours = files_of_set(out_dir)
-    for file in sorted(os.listdir(out_dir)) if os.path.isdir(out_dir) else ():
+    for file in names_in(out_dir):
         if NAMES.fullmatch(file) and file not in ours:
             raise ConfigError(f'{os.path.join(out_dir, file)} belongs to no prepared set: move it, or choose another '
                               '--out_dir')
@@ -94,7 +92,7 @@ def move_in(work_dir, out_dir):
 
 def remove_unfinished(work_dir):
     """Delete what an unfinished preparation has left, then its folder if it is empty."""
-    for file in os.listdir(work_dir) if os.path.isdir(work_dir) else ():
+    for file in names_in(work_dir):
         if file.startswith(TEMPORARY):                                      # of one that was killed
             shutil.rmtree(os.path.join(work_dir, file), ignore_errors=True)
         elif re.fullmatch(rf'({NAMES.pattern}|{CACHED})(\.tmp)?', file):
@@ -118,8 +116,8 @@ def alone(settings, share):
         if share and os.path.exists(os.path.join(settings.out_dir, '.lock')):
             with locked(settings.out_dir):                                  # whoever makes all must not be at it
                 pass
-        for name in os.listdir(settings.work_dir) if not share and os.path.isdir(settings.work_dir) else ():
-            if name.startswith('share-'):
+        for name in names_in(settings.work_dir):
+            if name.startswith('share-') and not share:
                 with locked(os.path.join(settings.work_dir, name)):
                     pass
                 remove_if_empty(os.path.join(settings.work_dir, name))
@@ -131,33 +129,22 @@ def remove_if_empty(folder):
         os.rmdir(folder)
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM."""
-
-
 @contextlib.contextmanager
 def interruptible(settings):
     """End on SIGTERM as on Ctrl-C, without a half-written file; a line says what stays. Exit code 143 or 130."""
     def end(number, frame):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)                       # once is enough
-        raise Terminated
-    in_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, end) if in_main else None
+        raise SystemExit(143)
+    before, work_dir = signal.signal(signal.SIGTERM, end), settings.work_dir
     try:
         yield
-    except KeyboardInterrupt as error:
-        print(say_what_stays(settings.work_dir), file=sys.stderr)
-        raise SystemExit(143 if isinstance(error, Terminated) else 130) from None
+    except (KeyboardInterrupt, SystemExit) as stop:
+        kept = sum(file.endswith('.npz') for file in names_in(work_dir))
+        print(f'interrupted; {kept} finished shards stay in {printable(work_dir)}: to go on, run the same command '
+              'again', file=sys.stderr)
+        raise SystemExit(getattr(stop, 'code', 130)) from None
     finally:
-        if in_main:
-            signal.signal(signal.SIGTERM, before)
-
-
-def say_what_stays(work_dir):
-    """For whoever has stopped a preparation."""
-    kept = [file for file in os.listdir(work_dir) if file.endswith('.npz')] if os.path.isdir(work_dir) else []
-    return (f'interrupted; {len(kept)} finished shards stay in {printable(work_dir)}: to go on, run the same command '
-            'again')
+        signal.signal(signal.SIGTERM, before)
 
 
 def finish(plan, every, settings):
@@ -174,15 +161,12 @@ def finish(plan, every, settings):
                 sums += stored['stats'].sum(axis=0)
                 frames += int(frames_in(stored['lengths']).sum())
     undecoded = check_skipped(skipped, sum(len(rows) for _, rows in every), settings)
-    statistics = {}
-    for window, (total_sum, squares) in zip(WINDOWS, sums):
-        values = max(frames, 1) * N_MELS
-        mean = total_sum / values
-        statistics[window] = [mean, math.sqrt(max(squares / values - mean ** 2, 0))]
+    mean, square = sums.T / (max(frames, 1) * N_MELS)                       # (windows,) each
+    deviation = np.sqrt(np.maximum(square - mean ** 2, 0))
     tell_small_classes(plan, {name: split.pop('of_class') for name, split in splits.items()})
     meta = {'name': os.path.basename(settings.out_dir), 'version': FORMAT_VERSION, 'sample_rate': SAMPLE_RATE,
             'classes': plan.classes, 'multi_label': plan.multi_label, 'folds': plan.folds, 'splits': splits,
-            'statistics': statistics, 'skipped': len(skipped),
+            'statistics': dict(zip(WINDOWS, np.stack([mean, deviation], 1).tolist())), 'skipped': len(skipped),
             'hours': sum(split['seconds'] for split in splits.values()) / 3600}
     if settings.overwrite and not is_whole(settings.out_dir):
         remove_set(settings.out_dir)

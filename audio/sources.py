@@ -30,7 +30,9 @@ MAX_FILE_BYTES = 1 << 30                            # no audio file of a set is 
 WHOLE = 16 << 20                                    # files up to this size are read at once
 MAX_ARCHIVE_RATIO = 100                             # what grows more than this when it is decompressed is hostile ...
 HARMLESS_BYTES = 32 << 20                           # ... if it grows to more than this: silence compresses well
-MAX_HEADER_BYTES = 1 << 20                          # of a tar's long names
+MAX_HEADER_BYTES = 1 << 20                          # of a tar's long names and further fields, its
+LONG_HEADERS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE,
+                tarfile.SOLARIS_XHDTYPE)
 ARCHIVE_ERRORS = (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError)
 AUDIO_SUFFIXES = ('.wav', '.wave', '.bwf', '.rf64', '.w64', '.flac', '.ogg', '.oga', '.opus', '.mp3', '.mp2', '.mpga',
                   '.aif', '.aiff', '.aifc', '.au', '.snd', '.sph', '.nist', '.caf', '.voc', '.m4a', '.m4b', '.mp4',
@@ -125,7 +127,9 @@ def list_source(path, work_dir):
     if kind == 'folder':
         return list_folder(path).told()
     try:
-        return (list_zip(path) if kind == 'zip' else list_tar(path, uncompressed_tar(path, work_dir))).told()
+        if kind == 'compressed tar':
+            path = uncompressed_tar(path, work_dir)
+        return (list_zip if kind == 'zip' else list_tar)(path).told()
     except (*ARCHIVE_ERRORS, UnicodeError, ValueError, NotImplementedError) as error:
         raise DataError(f'the archive {path} is damaged ({error}): get it again') from None
 
@@ -144,12 +148,8 @@ def kind_of(path):
         with open(path, 'rb') as f:
             if f.read(2) == b'PK' and zipfile.is_zipfile(path):
                 return 'zip'
-        for mode, kind in (('r:', 'tar'), ('r:*', 'compressed tar')):
-            try:
-                tarfile.open(path, mode, tarinfo=BoundedHeader).close()
-                return kind
-            except tarfile.ReadError:
-                continue
+        with contextlib.suppress(tarfile.ReadError), tarfile.open(path, tarinfo=BoundedHeader) as archive:
+            return 'tar' if isinstance(archive.fileobj, io.BufferedReader) else 'compressed tar'
         if zipfile.is_zipfile(path):
             return 'zip'
     except (*ARCHIVE_ERRORS, UnicodeError, ValueError, NotImplementedError) as error:
@@ -237,10 +237,9 @@ def list_zip(path):
     return found
 
 
-def list_tar(path, plain):
-    """path: what the user gave; plain: the same, decompressed."""
-    found = Files('tar', plain)
-    with tarfile.open(plain, 'r:', tarinfo=BoundedHeader) as archive:
+def list_tar(path):
+    found = Files('tar', path)
+    with tarfile.open(path, 'r:', tarinfo=BoundedHeader) as archive:
         for member in archive:
             name = member.name.replace('\\', '/').removeprefix('./')
             if member.isfile() and not member.issparse():
@@ -254,38 +253,24 @@ def list_tar(path, plain):
 class BoundedHeader(tarfile.TarInfo):
     """A tar header whose long names and further fields are not read into memory if they are absurdly long."""
 
-    def check_size(self):
-        if self.size > MAX_HEADER_BYTES:
+    def _proc_member(self, archive):
+        if self.type in LONG_HEADERS and self.size > MAX_HEADER_BYTES:
             raise ValueError(f'a header of {self.size >> 20} MiB')
-
-    def _proc_gnulong(self, archive):
-        self.check_size()
-        return super()._proc_gnulong(archive)
-
-    def _proc_pax(self, archive):
-        self.check_size()
-        return super()._proc_pax(archive)
-
-
-def is_compressed_tar(path):
-    return kind_of(path) == 'compressed tar'
+        return super()._proc_member(archive)
 
 
 def uncompressed_tar(path, work_dir):
-    """The path of the tar itself, decompressed into work_dir once if it is a .tar.gz, .tar.bz2 or .tar.xz."""
-    if not is_compressed_tar(path):
-        return path
+    """The path of the tar itself, of a .tar.gz, .tar.bz2 or .tar.xz, decompressed into work_dir once."""
     info = os.stat(path)
     plain = os.path.join(work_dir, cache_name(f'{os.path.abspath(path)} {info.st_size} {info.st_mtime_ns}', 'tar'))
     if os.path.exists(plain):
         return plain
-    limit = os.path.getsize(path) * MAX_ARCHIVE_RATIO
     with (tarfile.open(path, 'r:*', tarinfo=BoundedHeader) as archive, replacing(plain, 'wb') as out,
           tqdm(unit='B', unit_scale=True, desc=f'decompressing {os.path.basename(path)}', delay=1) as bar):
         archive.fileobj.seek(0)                                             # opening has read the first header
         while block := archive.fileobj.read(1 << 20):
             bar.update(len(block))
-            if bar.n > limit:
+            if bar.n > info.st_size * MAX_ARCHIVE_RATIO:
                 raise DataError(f'{path} grows more than {MAX_ARCHIVE_RATIO} times when decompressed: refused')
             out.write(block)
     return plain
@@ -328,9 +313,6 @@ class Section(io.RawIOBase):
 
     def seek(self, offset, whence=os.SEEK_SET):
         self.place = offset + (0, self.place, self.size)[whence]
-        return self.place
-
-    def tell(self):
         return self.place
 
     def readable(self):

@@ -13,6 +13,7 @@ import dataclasses
 import io
 import math
 import pickle
+import re
 import zipfile
 
 import torch
@@ -22,25 +23,12 @@ from engine.ranges import check_model
 from engine.saving import load_weights, unwrapped
 from model import ASDA, ASDAConfig, Classifier, position_table
 
-# Our names, theirs. N is the number of the block.
-ENCODER_NAMES = {
-    'cls': 'modality_encoders.IMAGE.extra_tokens',
-    'patch_embed.{p}': 'modality_encoders.IMAGE.local_encoder.proj.{p}',
-    'norm.{p}': 'modality_encoders.IMAGE.context_encoder.norm.{p}',
-    'blocks.{N}.norm1.{p}': 'blocks.{N}.norm1.{p}',
-    'blocks.{N}.norm2.{p}': 'blocks.{N}.norm2.{p}',
-    'blocks.{N}.attn.qk.{p}': 'blocks.{N}.attn.qk.{p}',                     # rows Q1, Q2, K1, K2, as ours
-    'blocks.{N}.attn.v.{p}': 'blocks.{N}.attn.v.{p}',
-    'blocks.{N}.attn.proj.{p}': 'blocks.{N}.attn.proj.{p}',
-    'blocks.{N}.attn.norm.{p}': 'blocks.{N}.attn.norm.{p}',
-    'blocks.{N}.mlp.0.{p}': 'blocks.{N}.mlp.fc1.{p}',
-    'blocks.{N}.mlp.2.{p}': 'blocks.{N}.mlp.fc2.{p}',
-}
-DECODER_NAMES = {
-    'convs.{N}.{p}': 'modality_encoders.IMAGE.decoder.blocks.{N}.0.{p}',
-    'proj.{p}': 'modality_encoders.IMAGE.decoder.proj.{p}',
-}
-HEAD_NAMES = {'head_norm.{p}': 'fc_norm.{p}', 'head.{p}': 'head.{p}'}
+# Their names, ours: patterns, replaced one after the other. The rows of attn.qk are Q1, Q2, K1, K2, as ours.
+NAMES = ((r'^modality_encoders\.IMAGE\.', ''), ('^extra_tokens$', 'encoder.cls'),
+         (r'^local_encoder\.proj\.', 'encoder.patch_embed.'), (r'^context_encoder\.norm\.', 'encoder.norm.'),
+         (r'^blocks\.', 'encoder.blocks.'), (r'\.mlp\.fc1\.', '.mlp.0.'), (r'\.mlp\.fc2\.', '.mlp.2.'),
+         (r'^decoder\.blocks\.(\d+)\.0\.', r'decoder.convs.\1.'), (r'^fc_norm\.', 'head_norm.'))
+HEAD = ('fc_norm.weight', 'fc_norm.bias', 'head.weight', 'head.bias')
 POSITIONS = 'modality_encoders.IMAGE.fixed_positional_encoder.positions'
 
 # Literals of the authors' code that no file records; the analysis window and AudioSet's statistics go with them.
@@ -62,8 +50,7 @@ PLAIN = {'dict': dict, 'list': list, 'set': set, 'tuple': tuple, 'int': int, 'fl
 
 
 def read_fairseq(path):
-    """The dictionary of a fairseq checkpoint: tensors and plain values, placeholders for all else.
-    Raises CheckpointError."""
+    """The dictionary of a fairseq checkpoint: tensors, plain values, else placeholders. Raises CheckpointError."""
     try:
         with zipfile.ZipFile(path) as archive:
             pickled = [name for name in archive.namelist() if name.endswith('/data.pkl')]
@@ -107,7 +94,7 @@ class CheckpointUnpickler(pickle._Unpickler):
             return collections.OrderedDict
         if module in ('builtins', '__builtin__') and name in PLAIN:
             return PLAIN[name]
-        return make_placeholder(f'{module}.{name}')
+        return make_placeholder()
 
     def persistent_load(self, reference):
         """('storage', type, key, location, number of elements) -> a flat tensor over the member data/key."""
@@ -140,7 +127,7 @@ class StorageType:
     dtype: torch.dtype
 
 
-def make_placeholder(name):
+def make_placeholder():
     """A class that takes any arguments and any state and does nothing with them but keep the state."""
     class Placeholder:
         def __init__(self, *args, **kwargs):
@@ -159,9 +146,6 @@ def make_placeholder(name):
             pass
 
         extend = add = append
-
-        def __repr__(self):
-            return f'<{name}, not loaded>'
     return Placeholder
 
 
@@ -189,10 +173,9 @@ def load_pretrained(path, **overrides):
     if not isinstance(teacher, dict):
         raise CheckpointError(f'{path} has no teacher (_ema): it is not a pre-training checkpoint')
     config = config_from(weights, cfg, path, overrides)
-    state = {}
-    for part, names, source in (('encoder', ENCODER_NAMES, weights), ('decoder', DECODER_NAMES, weights),
-                                ('teacher', ENCODER_NAMES, unwrapped(teacher))):
-        state.update({f'{part}.{name}': tensor for name, tensor in renamed(source, names, config, path).items()})
+    state = renamed(weights)
+    state.update({name.replace('encoder.', 'teacher.', 1): tensor
+                  for name, tensor in renamed(unwrapped(teacher)).items() if not name.startswith('decoder.')})
     model = ASDA(config)
     load_weights(model, state, path)
     return model
@@ -201,17 +184,13 @@ def load_pretrained(path, **overrides):
 def load_classifier(path, **overrides):
     """The authors' fine-tuned checkpoint (or EAT's, SSLAM's) as our Classifier. Raises CheckpointError."""
     weights, cfg = model_and_cfg(path)
-    head = {name: weights.pop(name)
-            for name in ('fc_norm.weight', 'fc_norm.bias', 'head.weight', 'head.bias') if name in weights}
+    head = {name: weights[name] for name in HEAD if name in weights}
     if len(head) != 4 or not isinstance(head['head.weight'], torch.Tensor) or head['head.weight'].ndim != 2:
-        raise CheckpointError(f'{path} has no classification head (head.*, fc_norm.*): '
-                              'it is not a fine-tuned checkpoint')
+        raise CheckpointError(f'{path} has no head (head.*, fc_norm.*): it is not a fine-tuned checkpoint')
     weights = {name.removeprefix('model.'): tensor for name, tensor in weights.items() if name.startswith('model.')}
     weights.pop('_ema', None)
     config = config_from(weights, cfg, path, overrides)
-    encoder = renamed(weights, ENCODER_NAMES, config, path)
-    state = {f'encoder.{name}': tensor for name, tensor in encoder.items()}
-    state.update(renamed(head, HEAD_NAMES, config, path))
+    state = {name: tensor for name, tensor in renamed({**weights, **head}).items() if not name.startswith('decoder.')}
     model = Classifier(config, len(head['head.weight']))
     load_weights(model, state, path)
     return model
@@ -226,8 +205,7 @@ def model_and_cfg(path):
 
 
 def config_from(weights, cfg, path, overrides):
-    """ASDAConfig from the shapes of the weights, heads and input length from cfg,
-    the rest from the authors' literals."""
+    """ASDAConfig by the shapes of the weights; heads and input length by cfg, the rest by the authors' literals."""
     try:
         blocks = 1 + max(int(name.split('.')[1]) for name in weights if name.startswith('blocks.'))
         D = weights['modality_encoders.IMAGE.extra_tokens'].shape[-1]
@@ -238,8 +216,7 @@ def config_from(weights, cfg, path, overrides):
         single = 'blocks.0.attn.qkv.weight' in weights
         groups = D // convs[0].shape[1] if convs else 16
     except (KeyError, ValueError, AttributeError, IndexError, ZeroDivisionError):
-        raise CheckpointError(f'{path} is not a checkpoint of ASDA, EAT or SSLAM: '
-                              'their weights are not in it') from None
+        raise CheckpointError(f'{path} is no checkpoint of ASDA, EAT or SSLAM: their weights are not in it') from None
     frames = dig(cfg, 'task', 'target_length') or dig(cfg, 'model', 'target_length') or dig(
         cfg, 'model', 'modalities', 'image', 'target_length')
     heads = dig(cfg, 'model', 'num_heads') or dig(cfg, 'model', 'pretrained_model_args', 'model', 'num_heads')
@@ -261,31 +238,19 @@ def config_from(weights, cfg, path, overrides):
     return config
 
 
-def renamed(weights, names, config, path):
-    """{our name: tensor} by the table; every weight of theirs must be in it, every float becomes float32."""
-    weights = split_qkv(weights)
-    table = {}
-    for ours, theirs in names.items():
-        for N in range(max(config.n_layer, config.decoder_layers)) if '{N}' in ours else [0]:
-            for p in ('weight', 'bias') if '{p}' in ours else ['']:
-                table[theirs.format(N=N, p=p)] = ours.format(N=N, p=p)
-    ignored = tuple('modality_encoders.IMAGE.decoder.' if names is ENCODER_NAMES else prefix
-                    for prefix in ('modality_encoders.', 'blocks.'))
-    unknown = [name for name in weights
-               if name not in table and name not in (POSITIONS, '_ema') and not name.startswith(ignored)]
-    if unknown:
-        raise CheckpointError(f'{path}: unexpected weight {unknown[0]}')
-    return {table[name]: tensor.float() if isinstance(tensor, torch.Tensor) else tensor
-            for name, tensor in weights.items() if name in table}
-
-
-def split_qkv(weights):
-    """EAT's blocks.N.attn.qkv (3D, D) as qk (2D, D) and v (D, D)."""
-    split = {}
+def renamed(weights):
+    """{our name: tensor, in float32}, of an encoder and what is beside it. What is unknown keeps its name, and no model
+    takes it."""
+    found = {}
     for name, tensor in weights.items():
-        if '.attn.qkv.' in name and isinstance(tensor, torch.Tensor):
+        if name == POSITIONS:
+            continue
+        name, tensor = str(name), tensor.float() if isinstance(tensor, torch.Tensor) else tensor
+        for theirs, ours in NAMES:
+            name = re.sub(theirs, ours, name)
+        if '.attn.qkv.' in name and getattr(tensor, 'ndim', 0):             # EAT's (3D, D): qk (2D, D) and v (D, D)
             third = len(tensor) // 3
-            split[name.replace('qkv', 'qk')], split[name.replace('qkv', 'v')] = tensor[:2 * third], tensor[2 * third:]
+            found[name.replace('qkv', 'qk')], found[name.replace('qkv', 'v')] = tensor[:2 * third], tensor[2 * third:]
         else:
-            split[name] = tensor
-    return split
+            found[name] = tensor
+    return found

@@ -38,8 +38,7 @@ def open_checkpoint(path):
     if not path:
         raise ConfigError('name a checkpoint: --ckpt=PATH')
     if os.path.isdir(path):
-        raise CheckpointError(f'{path} is a folder; name a checkpoint in it, '
-                                      f'say {os.path.join(path, "ckpt.pt")}')
+        raise CheckpointError(f'{path} is a folder; name a checkpoint in it, say {os.path.join(path, "ckpt.pt")}')
     try:
         return open_ours(path, saving.load_checkpoint(path))
     except CheckpointError as error:
@@ -72,7 +71,7 @@ def open_ours(path, state):
         def build():
             return Classifier(config, len(classes)) if is_classifier else ASDA(config)
         with torch.device('meta'):                                          # before memory is spent on absurd sizes
-            saving.compare_weights(build(), weights, path)
+            saving.load_weights(build(), weights, path, assign=True)
         model = build()
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f'{path} is a damaged checkpoint ({type(error).__name__}: {error})') from None
@@ -104,13 +103,11 @@ def begin_with(model, path):
 
 
 def open_theirs(path, is_classifier):
-    """Their files name no statistics and no classes: AudioSet's statistics,
-    unless the number of classes says otherwise."""
-    if not is_classifier:
-        model = authors.load_pretrained(path)
-        return loaded(model, {'frames': model.config.frames, 'repeat': False, **authors.INPUT})
-    model = authors.load_classifier(path)
-    n_classes = model.head.out_features
+    """Their files name no classes and no statistics: AudioSet's, unless the number of classes says otherwise."""
+    model = (authors.load_classifier if is_classifier else authors.load_pretrained)(path)
+    n_classes = model.head.out_features if is_classifier else 0
     spectrum = {'frames': model.config.frames, 'repeat': False,
                 **authors.INPUT_BY_CLASSES.get(n_classes, authors.INPUT)}
+    if not is_classifier:
+        return loaded(model, spectrum)
     return loaded(model, spectrum, [f'class {i}' for i in range(n_classes)], n_classes == 527)

@@ -22,3 +22,7 @@ class CheckpointError(Exception):
 
 class RunError(Exception):
     """A run that cannot go on through no mistake in the settings (a loss that stays NaN): one line; exit code 1."""
+
+
+def first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0][:150].strip()

@@ -1,6 +1,5 @@
 """Files that appear under their names only when they are whole, and folders that one process has for itself."""
 import contextlib
-import errno
 import fcntl
 import os
 
@@ -9,8 +8,7 @@ from engine.errors import ConfigError
 
 @contextlib.contextmanager
 def replacing(path, mode='w', before_rename=lambda: None):
-    """A file that appears under its name only when it is whole: temporary name, fsync, rename;
-    nothing stays on failure."""
+    """A file that appears under its name whole (temporary name, fsync, rename) or not at all."""
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     temporary = path + '.tmp'
     try:
@@ -25,6 +23,11 @@ def replacing(path, mode='w', before_rename=lambda: None):
         with contextlib.suppress(OSError):
             os.remove(temporary)
         raise
+
+
+def names_in(folder):
+    """What a folder holds, sorted; nothing if there is no such folder."""
+    return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
 
 
 def fsync_folder(folder):
@@ -74,11 +77,11 @@ def lock_file(path):
         file = open(path, 'a')
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                file.close()
-                return None
-            return file                                                     # a file system without locks
+        except (BlockingIOError, PermissionError):
+            file.close()
+            return None
+        except OSError:                                                     # a file system without locks
+            return file
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 return file

@@ -8,7 +8,7 @@ import hashlib
 import importlib.util
 import os
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, first_line
 
 
 class TensorBoard:
@@ -71,9 +71,8 @@ class Loggers:
             action()
         except Exception as error:                                          # of a package that is not ours
             self.working.pop(name, None)
-            reason = (str(error).splitlines() or [''])[0][:150]
-            self.warn(f'warning: {name} failed ({type(error).__name__}: {reason}); going on without it, log.jsonl has '
-                      'all numbers')
+            self.warn(f'warning: {name} failed ({type(error).__name__}: {first_line(error)}); going on without it, '
+                      'log.jsonl has all numbers')
 
     def write(self, values):
         """One line of the log, if it is of a step."""

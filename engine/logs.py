@@ -1,17 +1,16 @@
-"""The folder of a run and its log.jsonl; speed and time left."""
+"""The folder of a run and its log.jsonl."""
 import json
 import math
 import os
 import re
-import time
 
 from engine.errors import ConfigError
-from engine.files import replacing
+from engine.files import names_in, replacing
 from engine.loggers import Loggers
 
 
 def check_out_dir(out_dir, resume, overwrite):
-    """Refuse a folder that holds a run unless it is to go on or to go. -> True if there is a run to resume."""
+    """Refuse a folder that holds a run unless it is to go on or to go, and one to go on that holds none."""
     found = [name for name in ('ckpt.pt', 'ckpt.1.pt', 'log.jsonl') if os.path.exists(os.path.join(out_dir, name))]
     if resume and overwrite:
         raise ConfigError('--resume and --overwrite contradict each other: give one')
@@ -21,15 +20,13 @@ def check_out_dir(out_dir, resume, overwrite):
     if found and not resume and not overwrite:
         raise ConfigError(f'{out_dir} holds a run: add --resume to go on, --overwrite to start again, '
                           'or choose another --out_dir')
-    return resume
 
 
 def clear_out_dir(out_dir):
     """Remove the run that --overwrite replaces, so that none of its checkpoints can be taken for the new run's."""
-    if os.path.isdir(out_dir):
-        for file in os.listdir(out_dir):
-            if re.fullmatch(r'(ckpt(\.\d+)?|best)\.pt|log\.jsonl|learned\.png|events\.out\.tfevents\..*', file):
-                os.remove(os.path.join(out_dir, file))
+    for file in names_in(out_dir):
+        if re.fullmatch(r'(ckpt(\.\d+)?|best)\.pt|log\.jsonl|learned\.png|events\.out\.tfevents\..*', file):
+            os.remove(os.path.join(out_dir, file))
 
 
 class Log:
@@ -100,24 +97,6 @@ def last_logged(out_dir, key, step):
         if values.get('step') == step:
             found = values.get(key, found)
     return found
-
-
-class Clock:
-    """Speed and time left, over the steps since it was made."""
-
-    def __init__(self, step, last_step):
-        self.first, self.last, self.began = step, last_step, time.time()
-
-    def seconds_left(self, step):
-        """Until last_step, from the mean time of a step so far."""
-        return (time.time() - self.began) / max(step - self.first, 1) * (self.last - step)
-
-    def left(self, step):
-        """The same as '3m 20s'."""
-        return duration(self.seconds_left(step))
-
-    def per_second(self, step, items_per_step):
-        return (step - self.first) * items_per_step / max(time.time() - self.began, 1e-9)
 
 
 def duration(seconds):

@@ -31,8 +31,7 @@ def limits(folder, name):
 
 
 def cgroups(controller, root='/sys/fs/cgroup', own='/proc/self/cgroup'):
-    """The folders of the control groups that hold this process, from its own to the outermost, whose limits count too.
-    """
+    """The folders of the control groups that hold this process, from its own to the outermost: all limits count."""
     try:
         with open(own) as f:
             lines = [line.rstrip('\n').split(':', 2) for line in f]

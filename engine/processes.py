@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from engine.errors import ROOT, CheckpointError, ConfigError, DataError, ReadError, RunError
+from engine.errors import ROOT, CheckpointError, ConfigError, DataError, ReadError, RunError, first_line
 
 MIN_WIDTH = 128             # channels from which bfloat16 was seen to pay on a CPU
 TWICE = 1.0                 # seconds after which a second Ctrl-C is another one, and not passed on by a launcher
@@ -75,10 +75,6 @@ def exit_of(error):
     if isinstance(error, OSError):
         return 2, f'error: {error.filename or "the system"}: {error.strerror or error}'
     return None, ''
-
-
-def first_line(error):
-    return str(error).splitlines()[0][:150].strip()
 
 
 def lost_contact(error):
@@ -164,12 +160,12 @@ def start(device='auto', threads=0, deterministic=False):
         torch.set_num_threads(threads)
     rank, world, local = (int(os.environ.get(name, default))
                           for name, default in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
+    available = {'cpu': True, 'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available()}
     if device == 'auto':
-        device = ('cuda' if torch.cuda.is_available() else
-                  'mps' if torch.backends.mps.is_available() and world == 1 else 'cpu')
-    if device not in ('cpu', 'cuda', 'mps'):
+        device = 'cuda' if available['cuda'] else 'mps' if available['mps'] and world == 1 else 'cpu'
+    if device not in available:
         raise ConfigError(f'device = {device!r} is none of auto, cpu, cuda, mps')
-    if device == 'cuda' and not torch.cuda.is_available() or device == 'mps' and not torch.backends.mps.is_available():
+    if not available[device]:
         raise ConfigError(f'device = {device!r}, but PyTorch finds none here: write --device=cpu')
     if device == 'cuda':
         torch.cuda.set_device(local)
@@ -196,11 +192,9 @@ def autocast(process, dtype, width=0):
     if dtype not in ('auto', 'float32', 'bfloat16'):
         raise ConfigError(f'dtype = {dtype!r} is none of auto, float32, bfloat16')
     if dtype == 'auto':
-        if process.device.type == 'cuda':
-            gains = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            gains = process.device.type == 'cpu' and width >= MIN_WIDTH and cpu_has_bfloat16()
-        dtype = 'bfloat16' if gains else 'float32'
+        on_gpu = process.device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
+        on_cpu = process.device.type == 'cpu' and width >= MIN_WIDTH and cpu_has_bfloat16()
+        dtype = 'bfloat16' if on_gpu or on_cpu else 'float32'
     if dtype == 'float32':
         return contextlib.nullcontext, dtype
     return lambda: torch.autocast(process.device.type, torch.bfloat16), dtype
@@ -209,13 +203,11 @@ def autocast(process, dtype, width=0):
 def in_float32(*modules):
     """Let modules of one argument compute in float32 whatever autocast says: a classifier's head, since logits of 8
     bits rank otherwise."""
-    def outside_autocast(forward):
-        def in_float32(x):
-            with torch.autocast(x.device.type, enabled=False):
-                return forward(x.float())
-        return in_float32
+    def outside_autocast(forward, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return forward(x.float())
     for module in modules:
-        module.forward = outside_autocast(module.forward)
+        module.forward = functools.partial(outside_autocast, module.forward)
 
 
 def cpu_has_bfloat16():
@@ -232,8 +224,7 @@ def can_compile(process):
         torch.compile(lambda x: x @ x + 1)(torch.ones(8, 8, device=process.device))
         return True
     except Exception as error:
-        process.print(f'warning: torch.compile does not work here ({str(error).splitlines()[0][:100]}); '
-                      'running without it')
+        process.print(f'warning: torch.compile does not work here ({first_line(error)}); running without it')
         return False
 
 
@@ -249,14 +240,9 @@ def provenance(process):
 def commit():
     """The git commit of this code, with '+' if files differ from it; '' outside a repository. Asked once, at the start:
     what is committed during a run is not what runs."""
+    ask = ['git', '-C', ROOT, 'describe', '--always', '--abbrev=40', '--exclude=*', '--dirty=+']
     try:
-        git = ['git', '-C', ROOT]
-        head = subprocess.run([*git, 'rev-parse', 'HEAD'], capture_output=True, text=True, timeout=10)
-        if head.returncode:
-            return ''
-        changed = subprocess.run([*git, 'status', '--porcelain', '-uno'], capture_output=True, text=True,
-                                 timeout=10).stdout
-        return head.stdout.strip() + ('+' if changed.strip() else '')
+        return subprocess.run(ask, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ''
 

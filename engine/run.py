@@ -46,7 +46,8 @@ class Run:
         settings, process = self.settings, self.process
         with contextlib.ExitStack() as closing:
             process.once(lambda: closing.enter_context(locked(settings.out_dir)))
-            self.resuming = logs.check_out_dir(settings.out_dir, settings.resume, settings.overwrite)
+            logs.check_out_dir(settings.out_dir, settings.resume, settings.overwrite)
+            self.resuming = settings.resume
             self.state = saving.latest_checkpoint(settings.out_dir, process) if self.resuming else {}
             self.provenance = processes.provenance(process)
             self.stop = self.stop or closing.enter_context(processes.Stop(process))
@@ -105,7 +106,7 @@ class Run:
         self.log.share(configurator.words(settings.loggers), vars(settings), process.print)
         if evaluate and not self.done:
             evaluate()
-        self.clock, self.late = logs.Clock(self.first, settings.max_steps), Late(process)
+        self.began, self.late = time.time(), Late(process)
         items = range(self.first, settings.max_steps)
         reading = self.closing.enter_context(contextlib.closing(
             loader(batches, items, settings.workers, pin=process.device.type == 'cuda')))
@@ -146,11 +147,12 @@ class Run:
             self.skipped(done, int(bad_steps), own_loss_is_bad)
         if not is_logged:
             return
-        values, clock, settings = {**values, 'step': done}, self.clock, self.settings
-        words, speed = self.report(values, self), clock.per_second(done, settings.batch_size)
+        values, settings = {**values, 'step': done}, self.settings
+        words, per_step = self.report(values, self), (time.time() - self.began) / (done - self.first)
+        speed, left = settings.batch_size / max(per_step, 1e-9), per_step * (settings.max_steps - done)
         self.process.print(f'step {done:,}/{settings.max_steps:,}  {words}  {speed:,.1f} clips/s  '
-                           f'{clock.left(done)} left')
-        self.log.write(**values, clips_per_second=speed, seconds_left=clock.seconds_left(done), time=time.time())
+                           f'{logs.duration(left)} left')
+        self.log.write(**values, clips_per_second=speed, seconds_left=left, time=time.time())
 
     def skipped(self, done, in_a_row, own_loss_is_bad):
         """Say that a step was skipped, its gradient not being finite; after max_bad_steps in a row end the run, naming
@@ -244,15 +246,13 @@ class Late:
     def swap(self, item, values, wait=False):
         """Take an item with its values (n,), a tensor on the device -> [(earlier item, its numbers)] that have arrived;
         with wait, this one too."""
-        on_gpu = self.process.device.type == 'cuda'
         arrived = None
-        if on_gpu:
-            values = values.to('cpu', non_blocking=True)
-            arrived = torch.cuda.Event()
+        if self.process.device.type == 'cuda':
+            values, arrived = values.to('cpu', non_blocking=True), torch.cuda.Event()
             arrived.record()
         self.pending.append((item, values, arrived))
-        keep = 1 if on_gpu and not wait else 0
-        ready, self.pending = self.pending[:len(self.pending) - keep], self.pending[len(self.pending) - keep:]
+        ready = self.pending if wait or not arrived else self.pending[:-1]
+        self.pending = self.pending[len(ready):]
         for _, _, arrived in ready:
             if arrived:
                 arrived.synchronize()

@@ -1,11 +1,10 @@
 """Checkpoints of a run: written whole or not at all, read safely, and resumed."""
 import os
 import pickle
-import re
 
 import torch
 
-from engine.errors import CheckpointError, RunError
+from engine.errors import CheckpointError, RunError, first_line
 from engine.files import replacing
 from engine.processes import commit
 
@@ -14,8 +13,7 @@ CONTENTS = {'model': dict, 'config': dict, 'settings': dict, 'optimizer': dict, 
 
 
 def save_checkpoint(path, state, keep=2):
-    """Write to a temporary name, fsync, rename;
-    of earlier ones the newest keep - 1 stay as NAME.1.pt, NAME.2.pt, ..."""
+    """Write one, whole or not at all; of earlier ones the newest keep - 1 stay as NAME.1.pt, NAME.2.pt, ..."""
     def rotate():
         for older in range(keep - 1, 0, -1):                                # ckpt.pt -> ckpt.1.pt -> ckpt.2.pt ...
             newer = numbered(path, older - 1)
@@ -24,9 +22,8 @@ def save_checkpoint(path, state, keep=2):
     try:
         with replacing(path, 'wb', before_rename=rotate) as f:
             torch.save({'version': CHECKPOINT_VERSION, 'commit': commit(), **state}, f)
-        for number, old in earlier(path).items():
-            if number >= keep:
-                os.remove(old)
+        for old in earlier(path, keep):
+            os.remove(old)
     except (OSError, RuntimeError) as error:                            # torch.save reports a full disk as RuntimeError
         raise RunError(f'could not write the checkpoint {path} ({error}); the one before it is intact') from None
 
@@ -35,12 +32,9 @@ def numbered(path, number):
     return path if number == 0 else f'{os.path.splitext(path)[0]}.{number}.pt'
 
 
-def earlier(path):
-    """{1: NAME.1.pt, 2: NAME.2.pt, ...} of those that there are, the newest first."""
-    folder, file = os.path.split(path)
-    pattern = re.compile(re.escape(os.path.splitext(file)[0]) + r'\.([1-9]\d*)\.pt')
-    found = filter(None, map(pattern.fullmatch, os.listdir(folder or '.') if os.path.isdir(folder or '.') else []))
-    return {number: numbered(path, number) for number in sorted(int(match[1]) for match in found)}
+def earlier(path, first=1):
+    """[NAME.1.pt, NAME.2.pt, ...] that there are, from the first number on, the newest first; at most 100 are kept."""
+    return list(filter(os.path.exists, (numbered(path, number) for number in range(first, 100))))
 
 
 def load_checkpoint(path, wanted=('model', 'config', 'settings')):
@@ -50,8 +44,8 @@ def load_checkpoint(path, wanted=('model', 'config', 'settings')):
     except FileNotFoundError:
         raise CheckpointError(f'there is no checkpoint {path}') from None
     except Exception as error:              # a damaged or hostile file can fail in any way; it is not a checkpoint
-        said = '' if isinstance(error, pickle.UnpicklingError) else str(error)          # PyTorch's advice is of no use
-        reason = said.splitlines()[0][:120] if said else type(error).__name__
+        is_advice = isinstance(error, pickle.UnpicklingError)               # PyTorch's, of no use
+        reason = type(error).__name__ if is_advice else first_line(error)
         raise CheckpointError(f'{path} is not a checkpoint that can be read safely ({reason})') from None
     missing = [key for key in wanted if not isinstance(state, dict) or not isinstance(state.get(key), CONTENTS[key])]
     if missing:
@@ -66,7 +60,7 @@ def load_checkpoint(path, wanted=('model', 'config', 'settings')):
 def latest_checkpoint(out_dir, process):
     """The newest checkpoint of a run that can be read: ckpt.pt, or one before it with a warning."""
     newest, problems = os.path.join(out_dir, 'ckpt.pt'), []
-    for path in (newest, *earlier(newest).values()):
+    for path in (newest, *earlier(newest)):
         try:
             state = load_checkpoint(path, ('model', 'config', 'settings', 'optimizer', 'step', 'input'))
             if problems:
@@ -112,35 +106,17 @@ def resume(state, out_dir, model, optimizer, config, input_info, settings, free,
     process.print(f'going on after step {state["step"]:,}')
 
 
-def load_weights(module, state, path):
-    """Copy a state dict into a module; names, shapes and types must all agree, and its numbers be finite. Raises
-    CheckpointError."""
-    compare_weights(module, state, path)
+def load_weights(module, state, path, **how):
+    """Copy a state dict into a module; names and shapes must agree, and its numbers be finite floats. Raises
+    CheckpointError. how: assign=True only compares them with a module on the device meta."""
     try:
-        module.load_state_dict(state)
+        module.load_state_dict(state, **how)
+        for name, weight in state.items():
+            if not weight.is_floating_point() or not weight.isfinite().all():
+                raise CheckpointError(f'{path}: the weight {name} holds numbers that are not finite, or of type '
+                                      f'{weight.dtype}: take an earlier checkpoint')
     except (RuntimeError, NotImplementedError, AttributeError, TypeError) as error:     # sparse, without data, ...
-        raise CheckpointError(f'{path}: its weights cannot be copied ({str(error).splitlines()[0][:100]})') from None
-    for name, weight in module.state_dict().items():
-        if not weight.isfinite().all():
-            raise CheckpointError(f'{path}: the weight {name} holds numbers that are not finite: take an earlier '
-                                  'checkpoint')
-
-
-def compare_weights(module, state, path):
-    """Whether a state dict is of this module, which may be on the device meta: names, shapes, types. Raises
-    CheckpointError."""
-    own = module.state_dict()
-    for name in own:
-        if name not in state:
-            raise CheckpointError(f'{path}: the weight {name} is missing')
-        if (not isinstance(state[name], torch.Tensor) or state[name].shape != own[name].shape
-                or not state[name].is_floating_point()):
-            found = tuple(state[name].shape) if isinstance(state[name], torch.Tensor) else type(state[name]).__name__
-            raise CheckpointError(f'{path}: the weight {name} is {found}, the model needs {tuple(own[name].shape)}')
-    extra = [name for name in state if name not in own]
-    if extra:
-        raise CheckpointError(f'{path}: unexpected weight {extra[0]}'
-                              + (f' and {len(extra) - 1} more' if len(extra) > 1 else ''))
+        raise CheckpointError(f'{path}: its weights do not fit: {" ".join(str(error).split())[:300]}') from None
 
 
 def unwrapped(weights):

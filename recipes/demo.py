@@ -80,8 +80,7 @@ SOUNDS = {function.__name__: function for function in (tone, chirp_up, chirp_dow
 
 
 def synthesise(seed, i):
-    """Clip i: 1.3 s of background noise of random colour, level and hum with one sound at a random onset, length,
-    pitch, level."""
+    """Clip i: 1.3 s of noise of random colour and level, with one sound at a random onset, length, pitch, level."""
     rng = np.random.default_rng([seed, i])
     sound = list(SOUNDS.values())[i % len(SOUNDS)]
     samples = 20720                                                         # 128 frames

@@ -3,7 +3,6 @@ import csv
 import io
 import os
 
-from audio.sources import list_source
 from engine.errors import DataError
 from engine.files import printable
 from recipes.plan import Plan, read_table, source_or_download
@@ -20,7 +19,7 @@ def name(settings):
 
 def plan(settings):
     """meta/esc50.csv says fold and class; every clip is in the train split, and a fold is left out to test on."""
-    files = list_source(source_or_download(settings, ESC50_URL), settings.work_dir)
+    files = source_or_download(settings, ESC50_URL)
     origin = settings.source or ESC50_URL
     tables = [i for i, name in enumerate(files.names) if name.endswith('meta/esc50.csv')]
     if len(tables) != 1:

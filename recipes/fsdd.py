@@ -1,7 +1,6 @@
 """The Free Spoken Digit Dataset."""
 import re
 
-from audio.sources import list_source
 from engine.errors import DataError
 from recipes.plan import Plan, source_or_download
 
@@ -13,7 +12,7 @@ FSDD_URL = ('https://github.com/Jakobovski/free-spoken-digit-dataset/archive/'
 
 def plan(settings):
     """Official split: recordings 0-4 of each speaker and digit are the test; speakers are the folds."""
-    files = list_source(source_or_download(settings, FSDD_URL), settings.work_dir)
+    files = source_or_download(settings, FSDD_URL)
     named = {i: re.fullmatch(r'(?:.*/)?([^/]*/(\d)_([A-Za-z]+)_(\d+)(?:\.[^./]*)?)', name, re.DOTALL)
              for i, name in files.audio() if 'recordings' in name.split('/')[:-1]}
     speakers = sorted({match[3] for match in named.values() if match})

@@ -10,7 +10,7 @@ import numpy as np
 
 from audio.downloads import download
 from audio.making import CACHED
-from audio.sources import ARCHIVE_ERRORS, cache_name, open_text, reason_of
+from audio.sources import ARCHIVE_ERRORS, cache_name, list_source, open_text, reason_of
 from engine.errors import DataError
 from engine.files import printable
 
@@ -83,13 +83,11 @@ class Plan:
 
 
 def source_or_download(settings, url, suffix='zip', sha256=None):
-    """The given source, or the downloaded archive, which stays beside the set until that is complete."""
-    if settings.source:
-        return settings.source
-    path = os.path.join(settings.work_dir, cache_name(url, suffix))
-    if not os.path.exists(path):
+    """The files of the source, or of the downloaded archive, which stays beside the set until that is complete."""
+    path = settings.source or os.path.join(settings.work_dir, cache_name(url, suffix))
+    if not settings.source and not os.path.exists(path):
         download(url, path, sha256)
-    return path
+    return list_source(path, settings.work_dir)
 
 
 def read_table(files, i):

@@ -3,7 +3,6 @@ import collections
 import os
 import re
 
-from audio.sources import list_source
 from engine.errors import DataError
 from engine.files import printable
 from recipes.plan import SPLITS, Plan, read_table, source_or_download, tidy
@@ -18,8 +17,7 @@ LISTS = {'testing_list.txt': 'test', 'validation_list.txt': 'valid'}
 
 def plan(settings):
     """Version 2 in its own layout: a folder per word; validation_list.txt and testing_list.txt name two splits."""
-    files = list_source(source_or_download(settings, SPEECHCOMMANDS_URL, 'tgz', SPEECHCOMMANDS_SHA256),
-                        settings.work_dir)
+    files = source_or_download(settings, SPEECHCOMMANDS_URL, 'tgz', SPEECHCOMMANDS_SHA256)
     origin = settings.source or SPEECHCOMMANDS_URL
     lists = {name: i for i, name in enumerate(files.names) if os.path.basename(name) in LISTS}
     roots = {name[:name.rfind('/') + 1] for name in lists}

@@ -135,12 +135,13 @@ def test_errors_of_the_file_that_another_builds_on_name_it(path, tmp_path, base,
 
 def test_a_script_has_no_assignment_that_is_silently_no_setting(tmp_path):
     script = tmp_path / 'script.py'
-    script.write_text('HIDDEN = [open]\nsteps = 20 * 5   # updates\nlr, decay = 0.5, -steps / 2\nname: str = "a" "b"\n')
-    assert configurator.settings_of(str(script)) == {'steps': (100, 'updates'), 'lr': (0.5, ''), 'decay': (-50.0, ''),
-                                                     'name': ('ab', '')}
-    for value in ('len("ab")', 'HIDDEN', 'open', 'lambda: 3', '[object]'):
-        script.write_text(f'HIDDEN = [open]\nlr = 0.5\nsteps = {value}\n')
-        with pytest.raises(ConfigError, match='script.py, line 3: steps must be'):
+    script.write_text('HIDDEN = [open]\nsteps = 100   # updates\nlr = -0.5\nname: str = "a#é"   # of it\n# or not\n')
+    assert configurator.settings_of(str(script)) == {'steps': (100, 'updates'), 'lr': (-0.5, ''),
+                                                     'name': ('a#é', 'of it or not')}
+    for line in ('steps = len("ab")', 'steps = HIDDEN', 'steps = lambda: 3', 'steps = [object]', 'steps = 20 * 5',
+                 'steps, lr = 1, 0.5', 'lr = steps = 3'):
+        script.write_text(f'HIDDEN = [open]\nlr = 0.5\n{line}\n')
+        with pytest.raises(ConfigError, match='script.py, line 3: .*steps.* must be'):
             configurator.settings_of(str(script))
 
 

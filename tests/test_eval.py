@@ -936,6 +936,8 @@ def tampered(state, kind):
         state['model'][name] = torch.zeros(3, 3)
     elif kind == 'integers':
         state['model'][name] = state['model'][name].to(torch.int64)
+    elif kind == 'complex numbers':
+        state['model'][name] = state['model'][name].to(torch.complex64)
     elif kind == 'no tensor':
         state['model'][name] = 'text'
     elif kind == 'other config':
@@ -970,8 +972,8 @@ def tampered(state, kind):
 
 
 @pytest.mark.parametrize('kind', ['missing weight', 'extra weight', 'other shape', 'integers', 'no tensor',
-                                  'other config', 'odd config', 'unknown field', 'no config', 'no input',
-                                  'later version', 'version of tensors', 'absurd size', 'text for a number',
+                                  'complex numbers', 'other config', 'odd config', 'unknown field', 'no config',
+                                  'no input', 'later version', 'version of tensors', 'absurd size', 'text for a number',
                                   'no spread', 'no mean', 'odd repeat', 'number for a name', 'sparse weight'])
 def test_a_tampered_checkpoint_is_named(pretrained, data_dir, tmp_path, kind):              # noqa: F811
     state = tampered(torch.load(pretrained, weights_only=True), kind)

@@ -612,7 +612,7 @@ def test_the_commit_is_that_of_the_start(data_dir, tmp_path, monkeypatch):
     heads = iter(['first', 'second', 'third', 'fourth'])
 
     def git(command, **_):
-        return types.SimpleNamespace(returncode=0, stdout=next(heads) if 'rev-parse' in command else '')
+        return types.SimpleNamespace(returncode=0, stdout=next(heads) if 'describe' in command else '')
     processes.commit.cache_clear()
     try:
         with monkeypatch.context() as patch:
