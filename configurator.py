@@ -38,19 +38,22 @@ def settings_of(path, class_name=None):
     """-> {name: (default, comment)} of a script's settings, or of a dataclass in it, in the order of the file."""
     with open(path, encoding='utf-8') as f:
         source = f.read()
-    body, lines, found = ast.parse(source).body, source.splitlines(), {}
+    body, lines, found = ast.parse(source).body, source.split('\n'), {}
     if class_name:
         body = next(node.body for node in body if isinstance(node, ast.ClassDef) and node.name == class_name)
     for node in body:
-        if not isinstance(node, (ast.Assign, ast.AnnAssign)) or node.value is None:
+        if not isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)) or node.value is None:
             continue
-        names = [part.id for target in getattr(node, 'targets', None) or [node.target] for part in ast.walk(target)
+        targets = getattr(node, 'targets', None) or [node.target]
+        names = [part.id for target in targets for part in ast.walk(target)
                  if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store) and is_setting(part.id)]
         if not names:
             continue
         try:
             [name], value = names, ast.literal_eval(node.value)
-        except ValueError:
+            if not isinstance(targets[0], ast.Name) or isinstance(node, ast.AugAssign):
+                raise ValueError
+        except (ValueError, TypeError):
             raise ConfigError(f'{path}, line {node.lineno}: {" and ".join(names)} must be plain values to be '
                               'settings, one a line; in capitals or with an underscore ahead they are none') from None
         comment = [lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode()]

@@ -115,8 +115,8 @@ def initial_model(settings, n_classes, state=None):
     one's architecture, whose weights come later -> model, what data.log_mel is told but for the statistics"""
     fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(ASDAConfig)}
     given = {name: fields[name] for name in settings.given & fields.keys() - {'frames'}}
-    fields['frames'] = ASDAConfig.frames
-    told, encoder = {'frames': ASDAConfig.frames, 'window': 'hamming', 'repeat': settings.repeat}, None
+    fields['frames'] = settings.frames or ASDAConfig.frames
+    told, encoder = {'frames': fields['frames'], 'window': 'hamming', 'repeat': settings.repeat}, None
     if state:
         fields = {**state['config'], **given}
         told = {name: {**fields, **state['input']}[name] for name in told}

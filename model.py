@@ -280,7 +280,7 @@ class ASDA(nn.Module):
 
 
 def pool(x, pooling, columns=None, windows=1):
-    """(B, 1 + T, D), CLS first -> utterance (B, D); bands: mean, deviation over time of each (B, 2 * columns * D)"""
+    """(B * windows, 1 + T, D), CLS first -> utterance (B, D); bands: mean, deviation over time (B, 2 * columns * D)"""
     if pooling == 'bands':
         rows = x[:, 1:].reshape(len(x) // windows, -1, columns * x.shape[2])        # (B, time, columns * D)
         return torch.cat([rows.mean(dim=1), (rows.var(dim=1, correction=0) + NORM_EPS).sqrt()], dim=1)
@@ -315,7 +315,7 @@ class Classifier(nn.Module):
     def forward(self, spec, draws=None):
         """spec (B, frames, n_mels); draws as in Encoder.forward -> logits (B, n_classes)"""
         n = math.ceil(spec.shape[1] / self.config.frames) if self.config.pooling == 'bands' else 1
-        pad = -spec.shape[1] % (n * self.config.patch_frames)               # n equal windows, side by side,
+        pad = -spec.shape[1] % (n * self.config.patch_frames) if n > 1 else 0       # n equal windows, side by side,
         spec = F.pad(spec, (0, 0, 0, pad)).unflatten(1, (n, -1)).flatten(0, 1)      # no longer than pre-training's
         x = self.encoder(spec, draws=draws if draws is None else draws.repeat_interleave(n, dim=0))
         return self.head(self.head_norm(pool(x, self.config.pooling, self.config.grid[1], n)))

@@ -54,7 +54,8 @@ ema_end = 0.99999               # ... and after ema_steps, linear between
 ema_steps = 100000              # updates
 min_target_var = 0.0            # stop when the variance of the targets falls below this (collapse); 0: only warn
 max_bad_steps = 10              # updates in a row with a loss or gradient that is not finite, before the run stops
-eval_dataset = ''               # a labelled set, or SET/FOLD to test on, to probe as training goes; '': none
+eval_dataset = ''               # a labelled set to probe as training goes, 2,000 clips at most, or SET/FOLD to test on
+                                # that fold, which leave_out should name too; '': none
 eval_interval = 1000            # updates between two such evaluations; 0: at the end only
 log_interval = 10               # updates between two lines of the log
 loggers = ''                    # beside log.jsonl: tensorboard, wandb or both, separated by commas

@@ -127,9 +127,8 @@ def list_source(path, work_dir):
     if kind == 'folder':
         return list_folder(path).told()
     try:
-        if kind == 'compressed tar':
-            path = uncompressed_tar(path, work_dir)
-        return (list_zip if kind == 'zip' else list_tar)(path).told()
+        plain = uncompressed_tar(path, work_dir) if kind == 'compressed tar' else path
+        return (list_zip if kind == 'zip' else list_tar)(plain).told()
     except (*ARCHIVE_ERRORS, UnicodeError, ValueError, NotImplementedError) as error:
         raise DataError(f'the archive {path} is damaged ({error}): get it again') from None
 

@@ -25,4 +25,4 @@ class RunError(Exception):
 
 
 def first_line(error):
-    return (str(error).splitlines() or [type(error).__name__])[0][:150].strip()
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:150].strip()

@@ -78,8 +78,9 @@ def resume(state, out_dir, model, optimizer, config, input_info, settings, free,
     free: names of settings that may differ without changing the numbers; any other difference is printed.
     """
     path = os.path.join(out_dir, 'ckpt.pt')
-    other = [f'{name} {state["config"].get(name)!r} -> {value!r}' for name, value in config.items()
-             if state['config'].get(name) != value]
+    before, now = ({**of_model, 'frames': told.get('frames', of_model['frames'])} for of_model, told in (
+        (state['config'], state['input']), (config, input_info)))           # a classifier's input may be longer
+    other = [f'{name} {before.get(name)!r} -> {value!r}' for name, value in now.items() if before.get(name) != value]
     if other:
         raise CheckpointError(f'{path} is of another model ({", ".join(other)}): give the same settings, or another '
                               '--out_dir')
@@ -112,11 +113,13 @@ def load_weights(module, state, path, **how):
     try:
         module.load_state_dict(state, **how)
         for name, weight in state.items():
+            if weight.untyped_storage().nbytes() < weight.numel() * weight.element_size():
+                raise CheckpointError(f'{path}: the weight {name} claims more numbers than the file holds')
             if not weight.is_floating_point() or not weight.isfinite().all():
                 raise CheckpointError(f'{path}: the weight {name} holds numbers that are not finite, or of type '
                                       f'{weight.dtype}: take an earlier checkpoint')
     except (RuntimeError, NotImplementedError, AttributeError, TypeError) as error:     # sparse, without data, ...
-        raise CheckpointError(f'{path}: its weights do not fit: {" ".join(str(error).split())[:300]}') from None
+        raise CheckpointError(f'{path}: its weights do not fit: {" ".join(str(error).split())[:500]}') from None
 
 
 def unwrapped(weights):

@@ -35,8 +35,8 @@ def labelled_clips(name, data_dir, seed, process):
         return None
 
     def some(clips):
-        clips = clips.select(clips.label >= 0)
         return clips.select(random(seed, 'few_labels').permutation(len(clips))[:CLIPS])
+    clips = clips.select(clips.label >= 0)
     train, valid = (some(clips), some(open_test(name, data_dir, fold))) if fold else carve_validation(some(clips), 0.3)
     if not len(train) or not len(valid):
         process.print(f'no kNN accuracy: {name} has too few clips')

@@ -139,7 +139,7 @@ def test_a_script_has_no_assignment_that_is_silently_no_setting(tmp_path):
     assert configurator.settings_of(str(script)) == {'steps': (100, 'updates'), 'lr': (-0.5, ''),
                                                      'name': ('a#é', 'of it or not')}
     for line in ('steps = len("ab")', 'steps = HIDDEN', 'steps = lambda: 3', 'steps = [object]', 'steps = 20 * 5',
-                 'steps, lr = 1, 0.5', 'lr = steps = 3'):
+                 'steps, lr = 1, 0.5', 'lr = steps = 3', 'HIDDEN, steps = 1, 2', 'steps += 1', 'steps = {[]: 1}'):
         script.write_text(f'HIDDEN = [open]\nlr = 0.5\n{line}\n')
         with pytest.raises(ConfigError, match='script.py, line 3: .*steps.* must be'):
             configurator.settings_of(str(script))

@@ -936,6 +936,8 @@ def tampered(state, kind):
         state['model'][name] = torch.zeros(3, 3)
     elif kind == 'integers':
         state['model'][name] = state['model'][name].to(torch.int64)
+    elif kind == 'more than is stored':
+        state['model'][name] = torch.zeros(1).expand(state['model'][name].shape)
     elif kind == 'complex numbers':
         state['model'][name] = state['model'][name].to(torch.complex64)
     elif kind == 'no tensor':
@@ -972,7 +974,8 @@ def tampered(state, kind):
 
 
 @pytest.mark.parametrize('kind', ['missing weight', 'extra weight', 'other shape', 'integers', 'no tensor',
-                                  'complex numbers', 'other config', 'odd config', 'unknown field', 'no config',
+                                  'more than is stored', 'complex numbers', 'other config', 'odd config',
+                                  'unknown field', 'no config',
                                   'no input', 'later version', 'version of tensors', 'absurd size', 'text for a number',
                                   'no spread', 'no mean', 'odd repeat', 'number for a name', 'sparse weight'])
 def test_a_tampered_checkpoint_is_named(pretrained, data_dir, tmp_path, kind):              # noqa: F811

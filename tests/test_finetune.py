@@ -403,6 +403,8 @@ def test_bands_keep_the_window_of_pretraining(pretrained, data_dir, tmp_path):
     assert seen == [48]
     shown = call(evaluation.run, f'--ckpt={best}', f'--data_dir={data_dir}', '--device=cpu')
     assert shown.code == 0 and describe(tests['best']) in shown.out, shown.err
+    assert is_one_line_error(call(finetune.run, *run, f'--out_dir={tmp_path}/out', '--resume', '--frames=96'),
+                             'frames 144 -> 96')
     again, told = finetune.initial_model(settings(f'--ckpt={best}', '--pooling=bands'), 2)       # tuned once more
     assert (again.config.frames, told['frames']) == (64, 144)
 
@@ -415,6 +417,9 @@ def test_bands_keep_the_window_of_pretraining(pretrained, data_dir, tmp_path):
     torch.save(state, tmp_path / 'old.pt')
     old = evaluation.open_checkpoint(str(tmp_path / 'old.pt'))
     assert (old.config.frames, old.frames) == (144, 144)
+    scratch, told = finetune.initial_model(settings('--init=scratch', '--pooling=bands', '--patch_frames=32',
+                                                    '--frames=480'), 2)
+    assert (scratch.config.frames, told['frames']) == (480, 480)            # not cut, and a length that it can have
     for damage in (100, 10 ** 9, 'x', 64.0):
         torch.save({**state, 'input': {**state['input'], 'frames': damage}}, tmp_path / 'damaged.pt')
         assert is_one_line_error(call(evaluation.run, f'--ckpt={tmp_path}/damaged.pt'), 'damaged', 'frames')

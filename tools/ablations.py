@@ -70,7 +70,8 @@ def pretrain(settings, arguments, seed):
         arguments = [argument for argument in arguments if argument != 'time']
         base, own = (pretrain(settings, some, seed) for some in ([], arguments))
         steps = round(settings.max_steps * base['seconds'] / own['seconds'])
-    name = '-'.join([f'{steps}', *(argument.lstrip('-') for argument in arguments), f'seed{seed}'])
+    name = '-'.join([f'{steps}', settings.eval_dataset.replace('/', '_'),
+                     *(argument.lstrip('-') for argument in arguments), f'seed{seed}'])
     folder = os.path.join(settings.out_dir, name)
     command = [os.path.join(ROOT, 'pretrain.py'), os.path.join(ROOT, settings.config), f'--max_steps={steps}',
                f'--warmup_steps={settings.warmup_steps}', f'--ema_steps={steps}', f'--eval_interval={steps}',
@@ -110,8 +111,10 @@ def seconds_per_step(measured):
 def table(title, rows):
     """{row: [runs]} as Markdown, with the base's difference said where the spread over seeds lets it be seen."""
     base = [run['probe'] for run in next(iter(rows.values()))]
-    lines = [f'**{title}**\n', '| | linear probe, % | kNN, % | content, % | place, % | updates | difference |',
-             '|---|---|---|---|---|---|---|']
+    one_run = next(iter(rows.values()))[0]
+    where = next(word.partition('=')[2] for word in one_run['command'] if word.startswith('--eval_dataset='))
+    lines = [f'**{title}**, probed on {where}\n', '| ' + ' | '.join(
+        ['', 'linear probe, %', 'kNN, %', 'content, %', 'place, %', 'updates', 'difference']) + ' |', '|' + 7 * '---|']
     for row, runs in rows.items():
         cells = [spread([run[name] for run in runs]) for name in ('probe', 'knn', 'content', 'place')]
         probes = [run['probe'] for run in runs]

@@ -45,7 +45,7 @@ from tools import authors_arrangement as authors
 from tools.describe import flops
 from tools.measuring import Bench, noise_pcm, peak_flops, shown, threads, write_noise
 
-what = 'step,operators,with_data,data,fbank,masks,growth,prepare,finetune_data'    # what to measure, between commas
+what = 'step,forms,operators,with_data,data,fbank,masks,growth,prepare,finetune_data'      # what to measure
 everything = False              # measure all of it and more, each part in a process of its own, as tables in Markdown
 budget = 480                    # seconds for --everything; what no longer fits is named
 pretraining_seconds = 120       # of it, for a short pre-training

@@ -7,7 +7,6 @@
 The shapes, units and poolings: docs/embeddings.md.
 """
 import contextlib
-import math
 from dataclasses import replace
 
 import numpy as np
@@ -129,7 +128,7 @@ def clips_of(waves, rate):
         wave = wave / np.float32(32768) if wave.dtype == np.int16 else wave.astype(np.float32)
         try:
             pieces = next(mono(lambda wave=wave: [wave[:, None]]))                    # finite, and not on another scale
-            found.append(to_pcm(resampled(pieces, rate), '', math.inf))
+            found.append(to_pcm(resampled(pieces, rate)))
         except ValueError as error:
             raise DataError(f'sound {i}: {error}') from None
         if len(found[-1]) < WINDOW_SAMPLES:

@@ -95,8 +95,10 @@ def threads(number):
     """In its `with`, so many CPU threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
-    yield
-    torch.set_num_threads(before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def shown(value):

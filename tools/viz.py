@@ -290,9 +290,9 @@ def draw_curves(settings, plt):
         how = {'color': '0.7', 'lw': 3} if settings.reference and run == 0 else {
             'color': plt.cm.viridis(0.85 * run / max(len(runs) - 1, 1)), 'lw': 1.2}
         for (title, measures), over_updates, over_time in zip(panels, *axes):
-            drawn = list(zip(('-', '--', ':', '-.'), [name for name in measures if name in series]))
+            drawn = list(zip(('-', '--', ':', '-.'), [name for name in measures if any(name in s for _, s, _ in runs)]))
             for style, name in drawn:
-                steps, values = series[name]
+                steps, values = series.get(name, ([], []))
                 over_updates.plot(steps, values, style, label=path if style == '-' else '', **how)
                 over_time.plot([seconds.get(step, math.nan) / 60 for step in steps], values, style, **how)
             if not run and [name for _, name in drawn] != [title]:          # lines are measures, colours are runs
