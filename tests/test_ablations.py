@@ -60,17 +60,13 @@ def test_a_table_is_made_once_from_what_the_logs_say(how, tmp_path):
 def test_equal_time_is_as_many_updates_as_fit(how, monkeypatch):
     commands, options = how
     monkeypatch.setitem(ablations.TABLES, 'students', ('Students', {
-        '3': [], '1': ['--n_students=1'], '1, time of 3': ['--n_students=1', 'time']}))
-    plain = ablations.finished
-
-    def finished(folder, steps):                                            # one student takes half the time
-        found = plain(folder, steps)
-        return found and {**found, 'seconds': steps * (0.5 if 'n_students' in folder else 1.0)}
-    monkeypatch.setattr(ablations, 'finished', finished)
+        '3': [], '1': ['--n_students=1'], '1, time of 3': ['--n_students=1', 'x2']}))
     made = call(ablations.run, *options, '--tables=students', '--seeds=1')
     assert made.code == 0, made.err
     steps = [part for command in commands for part in command if part.startswith('--max_steps')]
     assert steps == ['--max_steps=3', '--max_steps=3', '--max_steps=6']
+    assert [word for word in commands[2] if word.startswith(('--warmup', '--ema', '--eval_i', '--n_st'))] == [
+        '--warmup_steps=2', '--ema_steps=6', '--eval_interval=6', '--n_students=1']
 
 
 def test_differences_are_called_so_only_beyond_the_spread():
