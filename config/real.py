@@ -5,8 +5,8 @@ ESC-10, with what is tested left out.
     python pretrain.py config/real.py --dataset=wakewords,fsdd,esc10        # 2.9 hours of them, which results need
 
 docs/datasets.md says how to get and prepare the sets. What it costs: 3,500 updates of 32 clips x 4 students. Time: half
-an hour on one core of an AMD EPYC with bfloat16. What to expect: docs/results.md. How the recipe was found:
-docs/recipe.md.
+an hour on one core of an AMD EPYC with bfloat16; --compile spares a fifth of it. What to expect: docs/results.md. How
+the recipe was found: docs/recipe.md.
 """
 include('demo.py')
 

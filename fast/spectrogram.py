@@ -36,8 +36,8 @@ def fbank(wave, lengths, window='hamming'):
     weights, blocks = window_and_banks(window, wave.device)
     frames = wave.unfold(1, WINDOW_SAMPLES, HOP_SAMPLES)                    # (B, frames, 400), nothing copied
     energies = wave.new_empty(*frames.shape[:2], N_MELS)
-    # On a CPU one clip at a time: its frames stay in the cache, several times faster than the whole batch.
-    size = 1 if wave.device.type == 'cpu' else max(len(wave), 1)
+    # On a CPU ten seconds at a time: their frames stay in the cache, several times faster than the whole batch.
+    size = max(1000 // frames.shape[1], 1) if wave.device.type == 'cpu' else max(len(wave), 1)
     for some, out in zip(frames.split(size), energies.split(size)):
         log_energies(some, weights, blocks, out)
     real = torch.arange(energies.shape[1], device=wave.device) < frames_in(lengths)[:, None]
