@@ -118,7 +118,7 @@ def table(title, rows):
     for row, runs in rows.items():
         cells = [spread([run[name] for run in runs]) for name in ('probe', 'knn', 'content', 'place')]
         probes = [run['probe'] for run in runs]
-        said = '' if probes is base or probes == base else difference(base, probes)
+        said = '' if row == next(iter(rows)) else difference(base, probes)
         lines.append(f'| {row} | {" | ".join(cells)} | {runs[0]["updates"]:,} | {said} |')
     for row, name in (('random weights', 'random'), ('log-mel mean and deviation', 'log_mel')):
         lines.append(f'| {row} | {spread([run[name] for run in next(iter(rows.values()))])} | | | | 0 | |')
