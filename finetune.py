@@ -132,7 +132,7 @@ def initial_model(settings, n_classes, state=None):
         config = ranges.check_model(ASDAConfig(**{**fields, 'frames': told['frames'], 'drop_path': settings.drop_path}))
     except (ValueError, TypeError) as error:
         raise ConfigError(str(error)) from None
-    config.frames = fields['frames'] if config.pooling == 'bands' else config.frames        # of its encoder's windows
+    config.frames = fields['frames'] if config.pooling == 'bands' else config.frames        # its longest window
     if config.n_mels != N_MELS:
         raise ConfigError(f'n_mels = {config.n_mels} must be {N_MELS}')
     torch.manual_seed(settings.seed)

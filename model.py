@@ -28,7 +28,7 @@ class ASDAConfig:
     n_mels: int = 128                   # mel bands of the spectrogram
     patch_size: int = 16                # mel bands of one patch
     patch_frames: int = 16              # frames of one patch; 8 is better for short sounds
-    frames: int = 1008                  # input length of pre-training, in 10-ms frames
+    frames: int = 1008                  # input length of pre-training, in 10-ms frames; a Classifier's longest window
     decoder_layers: int = 6             # convolutions of the student's decoder
     decoder_groups: int = 16            # groups of each of them
     mask_ratio: float = 0.8             # share of the patches that a student does not see
@@ -300,7 +300,7 @@ def masked_variance(x, weight):
 
 
 class Classifier(nn.Module):
-    """A pre-trained encoder with LayerNorm -> Linear on what pool makes of its output; bands read windows."""
+    """A pre-trained encoder with LayerNorm -> Linear on what pool makes of its output. For bands a long clip is cut."""
 
     def __init__(self, config, n_classes):
         super().__init__()
@@ -314,11 +314,11 @@ class Classifier(nn.Module):
 
     def forward(self, spec, draws=None):
         """spec (B, frames, n_mels); draws as in Encoder.forward -> logits (B, n_classes)"""
-        n = math.ceil(spec.shape[1] / self.config.frames) if self.config.pooling == 'bands' else 1
-        pad = -spec.shape[1] % (n * self.config.patch_frames) if n > 1 else 0       # n equal windows, side by side,
-        spec = F.pad(spec, (0, 0, 0, pad)).unflatten(1, (n, -1)).flatten(0, 1)      # no longer than pre-training's
-        x = self.encoder(spec, draws=draws if draws is None else draws.repeat_interleave(n, dim=0))
-        return self.head(self.head_norm(pool(x, self.config.pooling, self.config.grid[1], n)))
+        windows = math.ceil(spec.shape[1] / self.config.frames) if self.config.pooling == 'bands' else 1
+        pad = -spec.shape[1] % (windows * self.config.patch_frames) if windows > 1 else 0   # with 0, to equal windows
+        spec = F.pad(spec, (0, 0, 0, pad)).unflatten(1, (windows, -1)).flatten(0, 1)        # (B * windows, ..., n_mels)
+        x = self.encoder(spec, draws=draws if draws is None else draws.repeat_interleave(windows, dim=0))
+        return self.head(self.head_norm(pool(x, self.config.pooling, self.config.grid[1], windows)))
 
 
 def count_parameters(module):           # trainable ones

@@ -29,6 +29,7 @@ def labelled_clips(name, data_dir, seed, process):
     if not name:
         return None
     name, _, fold = name.partition('/')
+    test = open_test(name, data_dir, fold) if fold else None                # its error speaks of the fold
     clips = open_clips([name], data_dir, ['train'], [f'{name}/{fold}'] if fold else [])
     if clips.multi_label or not clips.classes:
         process.print(f'no kNN accuracy: {name} has {"several labels a clip" if clips.multi_label else "no labels"}')
@@ -37,7 +38,7 @@ def labelled_clips(name, data_dir, seed, process):
     def some(clips):
         return clips.select(random(seed, 'few_labels').permutation(len(clips))[:CLIPS])
     clips = clips.select(clips.label >= 0)
-    train, valid = (some(clips), some(open_test(name, data_dir, fold))) if fold else carve_validation(some(clips), 0.3)
+    train, valid = (some(clips), some(test)) if fold else carve_validation(some(clips), 0.3)
     if not len(train) or not len(valid):
         process.print(f'no kNN accuracy: {name} has too few clips')
         return None

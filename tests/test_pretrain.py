@@ -596,7 +596,7 @@ def test_a_fold_is_what_the_monitor_tests_on(tmp_path):
     made = call(pretrain.run, *run, '--leave_out=fsdd/theo', '--eval_dataset=fsdd/theo')
     assert made.code == 0 and 'held-out fsdd/theo clips' in made.out, made.err
     assert '--dataset=fsdd ' in made.out                                    # what to type next
-    assert is_one_line_error(call(pretrain.run, *run, '--eval_dataset=fsdd/nobody'), 'nobody')
+    assert is_one_line_error(call(pretrain.run, *run, '--eval_dataset=fsdd/nobody'), "fold 'nobody' is not in", 'theo')
 
 
 def test_evaluation_reads_with_the_workers_of_the_settings(data_dir, tmp_path, monkeypatch):

@@ -36,7 +36,7 @@ json_file = 'results/ablations.json'    # what came out: commands, commit, devic
 show = False                            # run nothing, print the tables of json_file
 
 # name: (title, {row: further arguments}); the first row is the base of each. x0.5: half of its updates; of the time of
-# its step one student takes 0.52, 16 students 3.12, patches of 8 frames 2.05, width 256 2.53 (one thread, bfloat16).
+# its step (tools.bench) one student takes 0.52, 16 students 3.12, patches of 8 frames 2.05, width 256 2.53.
 TABLES = {
     'lambda': ('Weight of the second map (Table 3)', {
         '0.3': [], '0': ['--diff_lambda=0'], '0.1': ['--diff_lambda=0.1'], '0.5': ['--diff_lambda=0.5']}),
@@ -85,7 +85,7 @@ def pretrain(settings, arguments, seed):
         found = finished(folder, steps)
     print(f'{name}: probe {found["probe"]:.1%}, kNN {found["knn"]:.1%}, content {found["content"]:.1%}, '
           f'{found["seconds"]:.0f} s', flush=True)
-    return {**found, 'command': [os.path.relpath(part, ROOT) if os.path.isabs(part) else part for part in command]}
+    return {**found, 'command': [os.path.relpath(word, ROOT) if os.path.isabs(word) else word for word in command]}
 
 
 def finished(folder, steps):
