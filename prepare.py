@@ -9,7 +9,7 @@
     python prepare.py RECIPE --help                          # the settings of a recipe; they stand in recipes/RECIPE.py
 
 Sources are zip or tar archives or folders, of wav, flac, ogg, mp3, ... at any sample rate, channel count and length;
-m4a, webm and the like with torchcodec or the ffmpeg program. Decoding and resampling run in parallel processes; a shard
+m4a, webm and the like with the ffmpeg program. Decoding and resampling run in parallel processes; a shard
 exists only when it is complete, so that an interrupted run goes on where it stopped, and machines that see the same
 source can share the work: --shards=1/4, --shards=2/4, ..., then the same command without it.
 
@@ -33,7 +33,7 @@ from tqdm import tqdm
 import configurator
 from audio import HOP_SAMPLES, WINDOWS, frames_in, making, samples_for
 from audio.clips import key_hash, read_meta
-from audio.decoding import NO_DECODER, Spilled, decode, other_decoder, pieces_of, to_pcm
+from audio.decoding import NO_DECODER, Spilled, decode, has_ffmpeg, pieces_of, to_pcm
 from audio.sources import ARCHIVE_ERRORS, content_of, kind_of, reason_of
 from audio.workers import AHEAD, Worker, in_order
 from engine import machine, processes
@@ -194,7 +194,7 @@ def is_made(path, entries, plan, settings):
             raise another_source(path + '.npz')
         return False
     return not any(entry.key in skipped and (skipped[entry.key][1] != stamp
-                                             or NO_DECODER in skipped[entry.key][0] and other_decoder())
+                                             or NO_DECODER in skipped[entry.key][0] and has_ffmpeg())
                    for entry, stamp in zip(entries, stamps))
 
 

@@ -1,7 +1,6 @@
 """The bytes of an audio file of any format -> mono waveform at 16 kHz. All of it is hostile input."""
 import contextlib
 import fractions
-import functools
 import io
 import math
 import os
@@ -30,14 +29,14 @@ MAX_PEAK = 8
 # Channels cancel if their mean has this share of the loudest one's power or less; of 64 channels with sound in only one
 # it has 1 / 64^2 = 2.4e-4.
 CANCELLED = 1e-4
-NO_DECODER = 'needs torchcodec or the ffmpeg program, and neither is installed'
+NO_DECODER = 'needs the ffmpeg program, which is not installed'
 
 
 def decode(content, max_seconds, collect=lambda pieces: np.concatenate([np.zeros(0, np.float32), *pieces])):
     """The bytes of an audio file -> mono float32 waveform at 16 kHz: the mean of the channels, or the loudest of
     channels that cancel each other.
 
-    By soundfile; what it cannot open by torchcodec or the ffmpeg program. content: bytes or a Section. collect: makes
+    By soundfile; what it cannot open by the ffmpeg program. content: bytes or a Section. collect: makes
     the result of the waveform's pieces, an iterator; it is called again if channels turn out to cancel each other.
     Raises ValueError, RuntimeError, OSError.
     """
@@ -90,11 +89,11 @@ def takes(content, max_seconds):
             return
         if demuxer is None:
             raise
-        if other_decoder() is None:
+        if not has_ffmpeg():
             raise ValueError(f'{demuxer} format: {NO_DECODER}' if demuxer in ONLY_FFMPEG else
                              f'{reason_of(error)} (ffmpeg, which might read it, is not installed)') from None
-    if file is None or not file.frames and demuxer and other_decoder():     # a recorder that crashed leaves a size of 0
-        yield from by_another(content, demuxer, max_seconds)
+    if file is None or not file.frames and demuxer and has_ffmpeg():     # a recorder that crashed leaves a size of 0
+        yield from by_ffmpeg(content, demuxer, max_seconds)
     else:
         with file:
             yield from by_soundfile(file, content, max_seconds)
@@ -221,44 +220,18 @@ def check_length(samples, rate, max_seconds):
         raise ValueError(f'more than {MAX_SAMPLES:,} samples')
 
 
-@functools.lru_cache(maxsize=1)
-def other_decoder():
-    """torchcodec's AudioDecoder, else the path of the ffmpeg program, else None."""
-    try:
-        from torchcodec.decoders import AudioDecoder
-        silence = io.BytesIO()
-        soundfile.write(silence, np.zeros(WINDOW_SAMPLES), SAMPLE_RATE, format='WAV')
-        AudioDecoder(silence.getvalue())                                    # it may be there without FFmpeg's libraries
-        return AudioDecoder
-    except (ImportError, OSError, RuntimeError):
-        return shutil.which('ffmpeg')
+def has_ffmpeg():
+    return shutil.which('ffmpeg') is not None
 
 
-def by_another(content, demuxer, max_seconds):
-    """Yield what by_soundfile does. torchcodec would begin anew for each piece: it holds the samples of all channels,
-    at most MAX_SAMPLES."""
-    decoder = other_decoder()
-    if isinstance(decoder, str):
-        yield from by_ffmpeg(decoder, content, demuxer, max_seconds)
-        return
-    decoder = decoder(content[:len(content)])
-    rate, channels = decoder.metadata.sample_rate, decoder.metadata.num_channels
-    check_rate(rate)
-    seconds = min(max_seconds + 1, MAX_SAMPLES / (rate * channels))         # what all channels take in memory
-    samples = decoder.get_samples_played_in_range(0, seconds)               # data (channels, n)
-    check_length(samples.data.numel(), rate * channels, min(max_seconds, seconds * 0.999))
-    for pieces in mono(lambda: [samples.data.float().T.numpy()]):
-        yield pieces, samples.sample_rate
-
-
-def by_ffmpeg(program, content, demuxer, max_seconds):
-    """The ffmpeg program with one fixed demuxer, which may open no other file or address."""
+def by_ffmpeg(content, demuxer, max_seconds):
+    """Yield what by_soundfile does. ffmpeg is held to one demuxer, which may open no other file or address."""
     with tempfile.TemporaryDirectory() as folder:
         source, output = os.path.join(folder, 'in'), os.path.join(folder, 'out.wav')
         with open(source, 'wb') as f:                                       # a file, since m4a needs to be sought in
             for i in range(0, len(content), PIECE):
                 f.write(content[i:i + PIECE])
-        command = [program, '-nostdin', '-v', 'error', '-protocol_whitelist', 'file', '-f', demuxer, '-i', source,
+        command = ['ffmpeg', '-nostdin', '-v', 'error', '-protocol_whitelist', 'file', '-f', demuxer, '-i', source,
                    '-map', '0:a:0', '-t', str(max_seconds + 1), '-fs', str(MAX_FILE_BYTES), '-c:a', 'pcm_f32le',
                    output]
         with open(os.path.join(folder, 'said'), 'w+b') as said:

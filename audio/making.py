@@ -175,7 +175,7 @@ def finish(plan, every, settings):
     move_in(settings.work_dir, settings.out_dir)
     describe(meta, settings.out_dir)
     if undecoded:
-        print(f'{undecoded} of the skipped files need torchcodec or the ffmpeg program: install one, then --overwrite')
+        print(f'{undecoded} of the skipped files need the ffmpeg program: install it, then --overwrite')
 
 
 def check_skipped(skipped, total, settings):
@@ -192,7 +192,7 @@ def check_skipped(skipped, total, settings):
     if not skipped:
         os.remove(table)
     elif len(skipped) > settings.max_bad * total:
-        install = f' ({undecoded} need torchcodec or ffmpeg: install one and run again)' if undecoded else ''
+        install = f' ({undecoded} need ffmpeg: install it and run again)' if undecoded else ''
         raise DataError(f'{len(skipped)} of {total} files were skipped{install}, more than max_bad = '
                         f'{settings.max_bad:g} allows; see {table}; mend them and run again, or accept them with '
                         f'--max_bad={math.ceil(100 * len(skipped) / total) / 100:g}')

@@ -263,7 +263,6 @@ def test_a_file_cut_short_is_damaged(kind, subtype):
 @pytest.mark.parametrize('suffix', ['.m4a', '.webm', '.oga', '.wv', '.aac'])
 def test_a_file_for_ffmpeg_cut_short_is_damaged(ffmpeg, suffix, without_decoder, monkeypatch):  # noqa: F811
     monkeypatch.setenv('PATH', ffmpeg)
-    decoding.other_decoder.cache_clear()
     fast = ['-movflags', 'faststart'] if suffix == '.m4a' else ['-c:a', 'flac'] if suffix == '.oga' else []
     content = by_ffmpeg(ffmpeg, f'cut{suffix}', *fast)
     assert abs(len(decoding.decode(content, 60)) - 8000) < 1500
@@ -298,7 +297,6 @@ def test_what_soundfile_cannot_open_goes_to_ffmpeg(ffmpeg, options, without_deco
     with pytest.raises(ValueError, match='installed'):
         decoding.decode(content, 60)
     monkeypatch.setenv('PATH', ffmpeg)
-    decoding.other_decoder.cache_clear()
     wave = decoding.decode(content, 60)
     assert 7990 < len(wave) < 9500 and np.abs(wave[2000:6000]).max() == pytest.approx(0.4, abs=0.1)
 
@@ -313,7 +311,6 @@ def test_sizes_that_a_pipe_writes_are_no_promise(size):
 def test_a_size_of_zero_that_a_crashed_recorder_left(ffmpeg, without_decoder, monkeypatch):  # noqa: F811
     content = audio_file('.wav', 0.5)
     monkeypatch.setenv('PATH', ffmpeg)
-    decoding.other_decoder.cache_clear()
     assert len(decoding.decode(content[:4] + bytes(4) + content[8:40] + bytes(4) + content[44:], 60)) == 8000
 
 
