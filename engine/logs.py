@@ -44,9 +44,8 @@ class Log:
         os.makedirs(out_dir, exist_ok=True)
         path = os.path.join(out_dir, 'log.jsonl')
         if resume_at is not None and os.path.exists(path):
-            lines = (json.loads(line) for line in whole_lines(path))
             with replacing(path) as f:
-                f.writelines(as_line(values) for values in lines if values.get('step', 0) <= resume_at)
+                f.writelines(as_line(values) for values in lines_of(path) if values.get('step', 0) <= resume_at)
         self.file = open(path, 'w' if resume_at is None else 'a', encoding='utf-8')
 
     def write(self, **values):
@@ -58,7 +57,7 @@ class Log:
     def share(self, names, settings, warn):
         """Tell loggers of these names what is written from now on. A run is known by the first line of its log."""
         if self.file and names:
-            first = next(whole_lines(self.file.name))
+            first = as_line(next(lines_of(self.file.name)))
             self.others = Loggers(names, os.path.dirname(self.file.name), self.resume_at, settings, first, warn=warn)
 
     def close(self):
@@ -78,13 +77,19 @@ def as_line(values):
     return json.dumps(known(values), allow_nan=False) + '\n'
 
 
-def whole_lines(path):
-    """The lines of a log that are valid JSON objects; a crash can leave the last one torn."""
-    with open(path, encoding='utf-8', errors='replace') as f:
+def log_of(path):
+    """A run's folder stands for the log in it."""
+    return os.path.join(path, 'log.jsonl') if os.path.isdir(path) else path
+
+
+def lines_of(path):
+    """The lines of a log, or of a run's folder, that are JSON objects, as dictionaries; a crash can leave the last one
+    torn."""
+    with open(log_of(path), encoding='utf-8', errors='replace') as f:
         for line in f:
             try:
-                if line.endswith('\n') and isinstance(json.loads(line), dict):
-                    yield line
+                if line.endswith('\n') and isinstance(values := json.loads(line), dict):
+                    yield values
             except ValueError:
                 pass
 
@@ -92,8 +97,7 @@ def whole_lines(path):
 def last_logged(out_dir, key, step):
     """What a log says of this key at this step, the last time; None if it does not."""
     path, found = os.path.join(out_dir, 'log.jsonl'), None
-    for line in whole_lines(path) if os.path.exists(path) else ():
-        values = json.loads(line)
+    for values in lines_of(path) if os.path.exists(path) else ():
         if values.get('step') == step:
             found = values.get(key, found)
     return found

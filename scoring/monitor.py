@@ -1,6 +1,5 @@
 """How pre-training goes, in numbers that a falling loss does not have: what can be read off the frozen features; and
 what it has learned, in words."""
-import json
 import os
 import shlex
 import textwrap
@@ -12,7 +11,7 @@ import configurator
 from audio import frames_in
 from audio.clips import carve_validation, open_clips, open_test, read_meta
 from engine.errors import ROOT
-from engine.logs import whole_lines
+from engine.logs import lines_of
 from engine.randomness import random
 from model import MAX_FRAMES
 from scoring.features import feature_batches, log_mel_statistics
@@ -111,7 +110,7 @@ def history(out_dir, name):
     """What a run's log.jsonl says, over all its starts -> {measure: {step: value}}, scores being those on the labelled
     set of that name; what the weights of step 0 are, in words."""
     found, scored_on, began = {}, None, None
-    for line in map(json.loads, whole_lines(os.path.join(out_dir, 'log.jsonl'))):
+    for line in lines_of(out_dir):
         if 'settings' in line:
             scored_on = line['settings'].get('eval_dataset')
             began = began or (f'the weights of {line["settings"]["init"]}' if line['settings'].get('init') else

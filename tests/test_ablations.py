@@ -7,7 +7,7 @@ import pytest
 
 import pretrain
 from engine import processes
-from tools import ablations
+from tools import ablations, stages
 
 from .conftest import TINY, call, is_one_line_error
 
@@ -24,7 +24,7 @@ def how(data_dir, tmp_path, monkeypatch):
         commands.append(command)
         made = call(pretrain.run, *command[2:])
         return types.SimpleNamespace(returncode=made.code, stderr=made.err)
-    monkeypatch.setattr(ablations, 'subprocess', types.SimpleNamespace(run=run))
+    monkeypatch.setattr(stages, 'subprocess', types.SimpleNamespace(run=run))
     monkeypatch.setattr(processes.Stop, '__enter__', lambda self: self)     # signals are the main thread's alone
     monkeypatch.setattr(processes.Stop, '__exit__', lambda *_: None)
     return commands, ['--jobs=1', f'--config={tmp_path}/tiny.py', '--max_steps=3', '--warmup_steps=1',
@@ -86,8 +86,11 @@ def test_bad_options(option, word):
     assert is_one_line_error(call(ablations.run, '--show', '--json_file=absent.json'), 'absent.json')
 
 
-def test_a_run_that_fails_is_named(how, monkeypatch):
-    monkeypatch.setattr(ablations, 'subprocess', types.SimpleNamespace(
+def test_a_run_that_fails_is_named(how, monkeypatch, tmp_path):
+    monkeypatch.setattr(stages, 'subprocess', types.SimpleNamespace(
         run=lambda *_, **__: types.SimpleNamespace(returncode=3, stderr='error: a reason')))
     made = call(ablations.run, *how[1], '--tables=utterance', '--seeds=1')
     assert made.code == 1 and 'a reason' in made.err and made.err.count('\n') == 1
+    monkeypatch.undo()                                                      # a process, whose mistake is the user's
+    assert is_one_line_error(call(ablations.run, *how[1], '--tables=utterance', '--seeds=1', f'--data_dir={tmp_path}'),
+                             'noises')

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tools import results
+from tools import results, stages
 
 from .conftest import call, is_one_line_error
 from .test_finetune import RUN as FINETUNE
@@ -42,7 +42,7 @@ def pretended(tmp_path, monkeypatch):
         with open(os.path.join(given['out_dir'], 'log.jsonl'), 'w') as f:
             f.writelines(json.dumps(line) + '\n' for line in lines)
         return types.SimpleNamespace(returncode=0, stderr='')
-    monkeypatch.setattr(results.subprocess, 'run', run)
+    monkeypatch.setattr(stages.subprocess, 'run', run)
     return commands
 
 
@@ -64,8 +64,8 @@ def test_every_arm_is_tuned_run_and_found_again(pretrained, data_dir, tmp_path, 
         assert len(cells['noises']) == 2 and f'| {name} | {results.cell(cells["noises"])} |' in shown
         assert all(score['commit'] is not None and score['device'] for score in cells['noises'])
     best = rows['fine-tuned, pretrained']['noises'][0]
-    folder = best['command'][-2].removeprefix('--out_dir=')
-    log = results.log_of(folder)
+    folder = best['command'][-1].removeprefix('--out_dir=')
+    log = results.log_lines(folder)
     assert log[-1]['test']['best'].items() <= best.items()
     assert best['validation'] == max(line['valid']['accuracy'] for line in log if 'valid' in line)
     made = {folder: os.path.getmtime(f'{tmp_path}/out/{folder}/log.jsonl')

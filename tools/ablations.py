@@ -14,14 +14,13 @@ import json
 import math
 import os
 import statistics
-import subprocess
-import sys
 
 import configurator
-from engine import logs, processes
-from engine.errors import ROOT, ConfigError, RunError
+from engine import processes
+from engine.errors import ROOT, ConfigError
 from engine.files import replacing
 from scoring.outputs import check_output
+from tools.stages import to_its_end
 
 config = 'config/ablation.py'           # what all runs share ...
 max_steps = 300                         # ... but for their length,
@@ -77,21 +76,14 @@ def pretrain(settings, arguments, seed):
                f'--eval_interval={steps}', f'--eval_dataset={settings.eval_dataset}',
                f'--data_dir={settings.data_dir}', '--threads=1',
                f'--seed={seed}', f'--out_dir={folder}', *arguments]
-    if (found := finished(folder, steps)) is None:
-        again = ['--resume'] if os.path.exists(os.path.join(folder, 'ckpt.pt')) else ['--overwrite']
-        result = subprocess.run([sys.executable, *command, *again], capture_output=True, text=True)
-        if result.returncode:
-            raise RunError(f'{" ".join(command)} ended with {result.returncode}: {result.stderr.strip()[-300:]}')
-        found = finished(folder, steps)
+    found = to_its_end(command, folder, lambda lines: finished(lines, steps))
     print(f'{name}: probe {found["probe"]:.1%}, kNN {found["knn"]:.1%}, content {found["content"]:.1%}, '
           f'{found["seconds"]:.0f} s', flush=True)
     return {**found, 'command': [os.path.relpath(word, ROOT) if os.path.isabs(word) else word for word in command]}
 
 
-def finished(folder, steps):
+def finished(lines, steps):
     """What the log of a run says at its end, or None if it has not got there."""
-    path = os.path.join(folder, 'log.jsonl')
-    lines = [json.loads(line) for line in logs.whole_lines(path)] if os.path.exists(path) else []
     scores = [line for line in lines if 'probe' in line]
     if not scores or scores[-1]['step'] != steps:
         return None

@@ -7,14 +7,13 @@ A thinned log has every n-th line, all evaluations, the settings and versions; n
 a machine but its kind of processor. Settings are the names below.
 """
 import itertools
-import json
 import os
 
 import configurator
 from engine import processes
 from engine.errors import ConfigError, DataError
 from engine.files import replacing
-from engine.logs import as_line, whole_lines
+from engine.logs import as_line, lines_of, log_of
 from finetune import FREE_SETTINGS as FREE_IN_FINETUNING
 from pretrain import FREE_SETTINGS
 
@@ -39,15 +38,10 @@ def with_paths(argv, name):
     return rest + ([f'--{name}={",".join(paths)}'] if paths else [])
 
 
-def log_of(path):
-    """A run's folder stands for the log in it."""
-    return os.path.join(path, 'log.jsonl') if os.path.isdir(path) else path
-
-
-def lines_of(path):
+def run_lines(path):
     """The lines of a log as dictionaries. Raises DataError if it is none."""
     try:
-        lines = [json.loads(line) for line in whole_lines(path)]
+        lines = list(lines_of(path))
     except OSError as error:
         raise DataError(f'cannot read the log {path}: {error.strerror}') from None
     if not any(isinstance(line.get('step'), int) for line in lines):
@@ -58,7 +52,7 @@ def lines_of(path):
 def read_log(path):
     """A log.jsonl -> its settings with where it ran, {measure: (steps, values)}, {step: seconds since the start}.
     Raises DataError."""
-    lines = lines_of(path)
+    lines = run_lines(path)
     began = next((line for line in lines if isinstance(line.get('settings'), dict)), {'settings': {}})
     series, seconds = {}, {}
     for line in lines:
@@ -160,7 +154,7 @@ def run(argv):
     path = log_of(settings.log)
     if os.path.realpath(path) == os.path.realpath(settings.out):
         raise ConfigError(f'out = {settings.out!r} is the log itself, which must stay whole')
-    lines = lines_of(path)
+    lines = run_lines(path)
     text, n = thinned(lines, settings.max_kb * 1000)
     with replacing(settings.out) as f:
         f.writelines(text)

@@ -18,19 +18,18 @@ import hashlib
 import json
 import os
 import statistics
-import subprocess
-import sys
 import threading
 
 import configurator
 import eval as evaluation
 import finetune as tuning
 from audio.clips import task_splits
-from engine import logs, processes
+from engine import processes
 from engine.errors import ROOT, ConfigError, RunError
 from engine.files import replacing
 from scoring.metrics import describe
 from scoring.outputs import check_output
+from tools.stages import log_lines, to_its_end
 
 ckpt = 'out/real/ckpt.pt'               # the pre-trained checkpoint, or one for each {seed}
 out_dir = 'out/results'                 # one folder per run goes here
@@ -72,18 +71,12 @@ def finetune(settings, task, arm, choice, multiple, seed):
                  f'--max_steps={updates * multiple}', f'--seed={seed}', '--threads=1']
     name = ''.join(c if c.isalnum() else '_' for c in f'{task} {arm}')
     folder = os.path.join(settings.out_dir, f'{name}-seed{seed}-{identity(configured(arguments), ckpt)}')
-    command = [sys.executable, os.path.join(ROOT, 'finetune.py'), *arguments, f'--out_dir={folder}']
-    if (found := finished(log_of(folder))) is None:
-        command.append('--resume' if os.path.exists(f'{folder}/ckpt.pt') else '--overwrite')
-        result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode:
-            raise RunError(f'{" ".join(command)} ended with {result.returncode}: {result.stderr.strip()[-300:]}')
-        found = finished(log_of(folder))
-    valid, scores = found
+    command = [os.path.join(ROOT, 'finetune.py'), *arguments, f'--out_dir={folder}']
+    valid, scores = to_its_end(command, folder, finished)
     print(f'{task}, {arm}, lr {lr:g}, {pooling}, x{multiple}, seed {seed}: validation {valid:.1%}, '
           f'test {describe(scores)}', flush=True)
-    began = log_of(folder)[0]
-    return valid, {**scores, 'validation': valid, 'command': command[1:], 'commit': began['commit'],
+    began = log_lines(folder)[0]
+    return valid, {**scores, 'validation': valid, 'command': command, 'commit': began['commit'],
                    'device': began['device']}
 
 
@@ -113,11 +106,6 @@ def finished(lines):
     """(best validation accuracy, test scores of that checkpoint) from the log of a finished run, else None."""
     test = [line['test']['best'] for line in lines if 'test' in line]
     return (max(line['valid']['accuracy'] for line in lines if 'valid' in line), test[-1]) if test else None
-
-
-def log_of(folder):
-    path = os.path.join(folder, 'log.jsonl')
-    return [json.loads(line) for line in logs.whole_lines(path)] if os.path.exists(path) else []
 
 
 def tuned(settings, task, arm, pool):

@@ -29,11 +29,12 @@ from checkpoints.opening import open_checkpoint
 from engine import processes
 from engine.errors import CheckpointError, ConfigError, DataError
 from engine.files import replacing
+from engine.logs import log_of
 from scoring.features import features
 from scoring.monitor import history, labelled_clips
 from scoring.probes import standardised
 from tools.embeddings import clips_of, load
-from tools.reference import log_of, read_log, where_they_part, with_paths
+from tools.reference import read_log, where_they_part, with_paths
 
 ckpt = ''               # the checkpoint
 wav = ''                # masks, maps: the sound, of which the first frames count
