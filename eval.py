@@ -244,10 +244,7 @@ def apply(settings, loaded, process):
         patch = loaded.config.patch_frames
         frames = -(-frames_in(round(settings.window * SAMPLE_RATE)) // patch) * patch
     if frames := frames or (not settings.embed and loaded.frames):          # embeddings are of what the encoder sees
-        try:
-            loaded.spectrum['frames'] = check_model(dataclasses.replace(loaded.config, frames=frames)).frames
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
+        loaded.spectrum['frames'] = check_model(dataclasses.replace(loaded.config, frames=frames)).frames
     if settings.layer > loaded.config.n_layer:
         raise ConfigError(f'layer = {settings.layer}, but {settings.ckpt} has {loaded.config.n_layer} blocks')
     loaded.spectrum = with_given_statistics(loaded.spectrum, settings)

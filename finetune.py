@@ -128,10 +128,7 @@ def initial_model(settings, n_classes, state=None):
         told = {'frames': loaded.frames, 'window': loaded.spectrum['window'],
                 'repeat': loaded.spectrum['repeat'] or settings.repeat}
     told['frames'] = settings.frames or told['frames']
-    try:
-        config = ranges.check_model(ASDAConfig(**{**fields, 'frames': told['frames'], 'drop_path': settings.drop_path}))
-    except (ValueError, TypeError) as error:
-        raise ConfigError(str(error)) from None
+    config = ranges.check_model(ASDAConfig(**{**fields, 'frames': told['frames'], 'drop_path': settings.drop_path}))
     config.frames = fields['frames'] if config.pooling == 'bands' else config.frames        # its longest window
     if config.n_mels != N_MELS:
         raise ConfigError(f'n_mels = {config.n_mels} must be {N_MELS}')

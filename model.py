@@ -2,8 +2,8 @@
 
 Wang et al., Interspeech 2025, arXiv 2507.02666: equations and sections are the paper's. `python model.py` prints the
 parts, parameters, operations and shapes. This file imports PyTorch alone: it must not know audio, files, processes or
-kernels; `fast` replaces what has a faster form. Shapes: B clips, n students (views) of each, P patches of a clip on a
-(P/8, 8) grid of time x frequency, T kept patches of a view, N tokens, D channels, h heads of d = D / h, L layers.
+kernels; `fast` replaces what has a faster form. Shapes: B clips, n students of each (V = B * n views), P patches of a
+clip on a (P/8, 8) grid of time x frequency, T kept patches of a view, N tokens, D channels, h heads of d, L layers.
 """
 import copy
 import dataclasses
@@ -203,13 +203,9 @@ class Decoder(nn.Module):
         x = noise.scatter(1, keep[:, :, None].expand(-1, -1, D), tokens.to(noise.dtype))    # noise where masked
         x = x.unflatten(1, (-1, self.config.n_mels // self.config.patch_size))  # (V, time, frequency, D)
         for conv in self.convs:
-            y = F.layer_norm(self.convolve(conv, x), (D,), eps=TARGET_EPS)
-            x = x + F.gelu(y).to(x.dtype)
+            y = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)             # which wants (V, D, time, frequency)
+            x = x + F.gelu(F.layer_norm(y, (D,), eps=TARGET_EPS)).to(x.dtype)
         return self.proj(x.flatten(1, 2))                                   # (V, P, D)
-
-    def convolve(self, conv, x):
-        """Channels last, as the tokens are: (V, time, frequency, D) -> alike"""
-        return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 def n_kept(n_patches, mask_ratio):
@@ -237,21 +233,17 @@ class ASDA(nn.Module):
         """(B, frames, n_mels) -> frame targets (B, P, D), utterance targets (B, D): the teacher sees every patch. From
         every layer t, instance-normalised over time per channel; averaged over layers; LayerNorm. In float32."""
         _, outputs = self.teacher(spec, layers=True)
-        outputs = [t[:, 1:].float() for t in outputs[-self.config.target_layers:]]      # without CLS, (B, P, D)
+        outputs = [t[:, 1:].float() for t in outputs[-self.config.target_layers:]]      # 0: all; no CLS; (B, P, D)
         frame = F.layer_norm(sum(map(instance_norm, outputs)) / len(outputs), (self.config.n_embd,), eps=TARGET_EPS)
         if self.config.utterance_target == 'normed':
             return frame, frame.mean(dim=1)
         return frame, F.layer_norm((sum(outputs) / len(outputs)).mean(dim=1), (self.config.n_embd,), eps=TARGET_EPS)
 
     def forward(self, spec, mask, noise=None):
-        """One training forward -> scalar loss, dict of scalar measures.
+        """One training forward -> scalar loss, dict of scalars: frame and utterance, the two losses, and measures().
 
         spec (B, frames, n_mels); mask (B, n, P) bool, True = masked, n_kept(P, mask_ratio) False in every view, or else
         RuntimeError; noise (B * n, P, D) for masked places, in the decoder's type; None: from N(0, mask_noise^2).
-        frame, utterance: the two losses. Over the masked patches: explained, 1 - squared error / variance of the
-        targets; place, the share of that variance that the mean target of each place over the clips holds; content,
-        1 - error / the rest, what is known beyond the place (NaN for one clip). target_std, pred_std: standard
-        deviations, mean over channels (0 = collapse), the latter of each clip's first student.
         """
         B, n, P = mask.shape
         D, T = self.config.n_embd, n_kept(P, self.config.mask_ratio)
@@ -268,15 +260,22 @@ class ASDA(nn.Module):
         error = (prediction - target[:, None]).square().sum(dim=-1)                                     # (B, n, P)
         frame_loss = (error * mask).sum() / mask.sum() / math.sqrt(D)       # eq. (5), over the masked patches alone
         loss = frame_loss + self.config.alpha * self.config.utterance_scale * utterance_loss            # eq. (6)
-        with torch.no_grad():
-            times, missed = mask.sum(dim=1), frame_loss * math.sqrt(D)      # how often a place is masked (B, P)
-            variance, predicted = masked_variance(target, times), masked_variance(prediction[:, 0], mask[:, 0])
-            around_place = (target - target.mean(dim=0)).square().sum(dim=-1) * (B / (B - 1) if B > 1 else math.nan)
-            rest = (around_place * times).sum() / times.sum()               # B / (B - 1): unbiased
-        return loss, {
-            'frame': frame_loss.detach(), 'utterance': utterance_loss.detach(), 'content': 1 - missed / rest,
-            'place': 1 - rest / variance.sum(), 'explained': 1 - missed / variance.sum(),
-            'target_std': variance.sqrt().mean(), 'pred_std': predicted.sqrt().mean()}
+        losses = {'frame': frame_loss.detach(), 'utterance': utterance_loss.detach()}
+        return loss, losses | self.measures(target, prediction, error, mask)
+
+    @torch.no_grad()
+    def measures(self, target, prediction, error, mask):
+        """What the losses do not say, over the masked patches (shapes as in forward) -> dict of scalars. explained: 1 -
+        error / variance of the targets; place: the share of that variance that the mean target of each place over the
+        clips holds; content: 1 - error / the rest, what is known beyond the place (NaN for one clip). target_std and
+        pred_std: standard deviations, mean over channels (0 = collapse); the latter of each clip's first student."""
+        B, times = len(target), mask.sum(dim=1)                             # how often a place is masked (B, P)
+        missed, variance = (error * mask).sum() / mask.sum(), masked_variance(target, times)
+        around_place = (target - target.mean(dim=0)).square().sum(dim=-1) * (B / (B - 1) if B > 1 else math.nan)
+        rest = (around_place * times).sum() / times.sum()                   # B / (B - 1): unbiased
+        return {'content': 1 - missed / rest, 'place': 1 - rest / variance.sum(),
+                'explained': 1 - missed / variance.sum(), 'target_std': variance.sqrt().mean(),
+                'pred_std': masked_variance(prediction[:, 0], mask[:, 0]).sqrt().mean()}
 
 
 def pool(x, pooling, columns=None, windows=1):

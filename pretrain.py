@@ -86,11 +86,8 @@ COLLAPSED = 0.05                # a variance of the targets, 1 when all is well,
 
 def model_config(settings):
     """The model's part of the settings, checked against the masks that pre-training draws."""
-    try:
-        config = ranges.check_model(ASDAConfig(**{field.name: getattr(settings, field.name)
-                                                  for field in dataclasses.fields(ASDAConfig)}))
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    config = ranges.check_model(ASDAConfig(**{field.name: getattr(settings, field.name)
+                                              for field in dataclasses.fields(ASDAConfig)}))
     for name, allowed in {'n_mels': (N_MELS,), 'drop_path': (0,), 'pooling': ('cls', 'mean')}.items():
         if (value := getattr(config, name)) not in allowed:
             raise ConfigError(f'{name} = {value} must be {" or ".join(map(str, allowed))} in pre-training')

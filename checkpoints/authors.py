@@ -18,7 +18,7 @@ import zipfile
 
 import torch
 
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, ConfigError
 from engine.ranges import check_model
 from engine.saving import load_weights, unwrapped
 from model import ASDA, ASDAConfig, Classifier, position_table
@@ -226,7 +226,7 @@ def config_from(weights, cfg, path, overrides):
                   frames=frames if type(frames) is int and frames > 0 else 1024, **(EAT if single else AUTHORS))
     try:
         config = check_model(ASDAConfig(**{**fields, **overrides}))
-    except (TypeError, ValueError) as error:
+    except (ConfigError, TypeError) as error:
         raise CheckpointError(f'{path}: {error}') from None
     stored = weights.get(POSITIONS)
     if isinstance(stored, torch.Tensor) and stored.ndim == 3:

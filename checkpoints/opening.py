@@ -73,7 +73,7 @@ def open_ours(path, state):
         with torch.device('meta'):                                          # before memory is spent on absurd sizes
             saving.load_weights(build(), weights, path, assign=True)
         model = build()
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (ConfigError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f'{path} is a damaged checkpoint ({type(error).__name__}: {error})') from None
     saving.load_weights(model, weights, path)
     return loaded(model, spectrum, classes, multi_label, state['settings'], frames)

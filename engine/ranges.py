@@ -1,6 +1,7 @@
 """What settings may be: {name: (lowest, highest)} with both included, and {name: allowed words}."""
 import dataclasses
 
+from engine.errors import ConfigError
 from model import MAX_FRAMES
 
 MODEL = {'n_layer': (1, 1000), 'n_head': (1, 10_000), 'n_embd': (4, 100_000), 'ffn_ratio': (1e-5, 1000),
@@ -27,28 +28,28 @@ FINETUNE = {**RUN, 'min_lr': (0, 1e30), 'layer_decay': (0, 1), 'labels_per_class
 
 
 def check_model(config):
-    """The ASDAConfig itself; raises ValueError, in one line with the numbers, if it cannot be built."""
+    """The ASDAConfig itself; raises ConfigError if it cannot be built."""
     for field in dataclasses.fields(config):
         name, value = field.name, getattr(config, field.name)
         if isinstance(value, bool) or not isinstance(value, (int, float) if field.type is float else field.type):
-            raise ValueError(f'{name} = {value!r} is not of type {field.type.__name__}')
+            raise ConfigError(f'{name} = {value!r} is not of type {field.type.__name__}')
         if name in MODEL_CHOICES and value not in MODEL_CHOICES[name]:
-            raise ValueError(f'{name} = {value!r} is none of {", ".join(MODEL_CHOICES[name])}')
+            raise ConfigError(f'{name} = {value!r} is none of {", ".join(MODEL_CHOICES[name])}')
         if name in MODEL and not MODEL[name][0] <= value <= MODEL[name][1]:             # of nan nothing is true
             low, high = MODEL[name]
             hint = ', too long: positions reach no further' if name == 'frames' and value > high else ''
-            raise ValueError(f'{name} = {value} must lie between {low} and {high}{hint}')
+            raise ConfigError(f'{name} = {value} must lie between {low} and {high}{hint}')
     for name, divisor in MODEL_DIVISORS:
         if getattr(config, name) % getattr(config, divisor):
-            raise ValueError(f'{name} = {getattr(config, name)} is not divisible by {divisor} '
+            raise ConfigError(f'{name} = {getattr(config, name)} is not divisible by {divisor} '
                              f'= {getattr(config, divisor)}')
     if config.n_embd % 4:
-        raise ValueError(f'n_embd = {config.n_embd} is not divisible by 4, which the sine-cosine positions need')
+        raise ConfigError(f'n_embd = {config.n_embd} is not divisible by 4, which the sine-cosine positions need')
     if not 1 <= config.ffn_ratio * config.n_embd <= 1e6:
-        raise ValueError(f'ffn_ratio = {config.ffn_ratio} gives the feed-forward layer a width of '
+        raise ConfigError(f'ffn_ratio = {config.ffn_ratio} gives the feed-forward layer a width of '
                          f'{config.ffn_ratio * config.n_embd:g}')
     if config.target_layers > config.n_layer:
-        raise ValueError(f'target_layers = {config.target_layers} must lie between 0 (all) and n_layer = '
+        raise ConfigError(f'target_layers = {config.target_layers} must lie between 0 (all) and n_layer = '
                          f'{config.n_layer}')
     return config
 EVALUATE = {name: FINETUNE[name] for name in ('labels_per_class', 'seed', 'frames', 'batch_size', 'workers', 'threads')}

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import configurator
 from engine.errors import ConfigError
 from fast import kernels
-from model import TARGET_EPS, Decoder, DiffAttention, n_kept
+from model import TARGET_EPS, DiffAttention, n_kept
 
 MAX_MAP = 1024              # tokens up to which a CPU computes attention faster with its maps in memory
 
@@ -59,20 +59,20 @@ class TritonAttention(FusedAttention):
         return F.linear(y, weight * self.norm.weight, self.proj.bias + (weight * self.norm.bias).sum(dim=1))    # over y
 
 
-class TritonDecoder(Decoder):
-    """Its grouped convolutions by a kernel."""
+class TritonConv(nn.Conv2d):
+    """A grouped 3 x 3 convolution by a kernel, which takes the channels last."""
 
-    def convolve(self, conv, x):
-        if type(conv) is not nn.Conv2d:
-            return super().convolve(conv, x)
-        return kernels.grouped_conv(x, conv.weight, conv.bias, conv.groups)
+    def forward(self, x):
+        y = kernels.grouped_conv(x.permute(0, 2, 3, 1), self.weight, self.bias, self.groups)
+        return y.permute(0, 3, 1, 2)
 
 
 # name: (what modules are, what they become, in words)
 FORMS = {'norm': ((nn.LayerNorm,), AutocastLayerNorm, "LayerNorms in autocast's type"),
          'fused': ((DiffAttention,), FusedAttention, 'attentions without long maps in memory'),
          'attention': ((DiffAttention, FusedAttention), TritonAttention, "students' attentions by Triton"),
-         'conv': ((Decoder,), TritonDecoder, 'decoder by Triton')}
+         'conv': ((nn.Conv2d,), TritonConv, 'convolutions of the decoder by Triton')}
+PARTS = {'attention': 'encoder', 'conv': 'decoder'}     # the teacher sees too many tokens for the first
 ALWAYS = 'norm', 'fused'        # conv and attention only where forms.choose has found them right and faster
 
 
@@ -83,7 +83,7 @@ def apply(model, names=ALWAYS):
     done = []
     for name in names:
         kinds, form, words = FORMS[name]
-        part = model.encoder if name == 'attention' else model              # the teacher sees too many tokens for it
+        part = getattr(model, PARTS.get(name, ''), model)
         found = [module for module in part.modules() if type(module) in kinds]
         for module in found:
             module.__class__ = form

@@ -117,7 +117,8 @@ def test_what_was_replaced_is_said():
     assert forms.apply(model) == ("faster forms: 10 LayerNorms in autocast's type; "
                                  '4 attentions without long maps in memory')
     assert forms.apply(model) == 'faster forms: none'                        # nothing is replaced twice
-    assert forms.apply(model, forms.FORMS) == "faster forms: 2 students' attentions by Triton; 1 decoder by Triton"
+    assert forms.apply(model, forms.FORMS) == ("faster forms: 2 students' attentions by Triton; "
+                                               '2 convolutions of the decoder by Triton')
     assert type(model.teacher.blocks[0].attn) is forms.FusedAttention
     assert forms.apply(Classifier(SMALL, 3)).startswith('faster forms: 6 LayerNorms')
 

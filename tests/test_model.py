@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import data
 import model as model_module
+from engine.errors import ConfigError
 from engine.ranges import check_model
 from fast import forms
 from model import (
@@ -276,7 +277,7 @@ def test_initial_values():
     ({'pooling': 'max'}, 'pooling'), ({'cls_position': 'tail'}, 'cls_position'),
     ({'utterance_target': 'x'}, 'utterance_target'), ({'n_embd': 30, 'n_head': 2, 'decoder_groups': 2}, 'by 4')])
 def test_impossible_architectures_are_refused_with_the_numbers(changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         check_model(variant(**changes))
 
 

@@ -1043,17 +1043,18 @@ def test_the_table_takes_what_validation_prefers(monkeypatch):
     """Reference: a table of made-up scores in which the best by validation, the last and the best by test differ."""
     asked = []
 
-    def made_up(settings, task, arm, choice, multiple, seed):
-        asked.append((choice, multiple, seed))
+    def made_up(settings, task, arm, lr, multiple, seed):
+        asked.append((lr, multiple, seed))
         valid = {('a', 1): 0.5, ('b', 1): 0.8, ('c', 1): 0.7, ('b', 2): 0.6, ('b', 3): 0.9, ('b', 4): 0.85}
-        return valid[choice, multiple], {'test': (choice, multiple, seed)}
+        return valid[lr, multiple], {'test': (lr, multiple, seed)}
     monkeypatch.setattr(results, 'finetune', made_up)
-    monkeypatch.setattr(results, 'ARMS', {'arm': ([], ('a', 'b', 'c'))})
-    monkeypatch.setattr(results, 'TASKS', {'one': ([], 10, (1, 2, 3, 4)), 'two': ([], 10, (1,))})
+    monkeypatch.setattr(results, 'LEARNING_RATES', ('a', 'b', 'c'))
+    monkeypatch.setattr(results, 'LENGTHS', (1, 2, 3, 4))
     settings, pool = types.SimpleNamespace(seeds=3), types.SimpleNamespace(map=lambda f, xs: [f(x) for x in xs])
     assert results.tuned(settings, 'one', 'arm', pool) == [{'test': ('b', 3, seed)} for seed in (1, 2, 3)]
-    assert {(choice, multiple) for choice, multiple, seed in asked if seed > 1} == {('b', 3)}
-    assert results.tuned(settings, 'two', 'arm', pool) == [{'test': ('b', 1, seed)} for seed in (1, 2, 3)]
+    assert {(lr, multiple) for lr, multiple, seed in asked if seed > 1} == {('b', 3)}
+    monkeypatch.setattr(results, 'LENGTHS', (1,))
+    assert results.tuned(settings, 'one', 'arm', pool) == [{'test': ('b', 1, seed)} for seed in (1, 2, 3)]
 
 
 def test_a_finished_run_is_read_from_its_log():

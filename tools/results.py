@@ -8,9 +8,9 @@ random weights, and log-mel statistics.
 
 A {seed} in --ckpt stands for 1, 2, ...: every seed then has a pre-training of its own, beside labels of its own.
 
-Learning rate or pooling, and then the length, are chosen by the validation accuracy of the first seed; each
-seed is run with the choice, and the table shows the test accuracy of its best checkpoint by validation. Every run is
-a finetune.py command with a folder of its own, named after all that decides on its result: the checkpoint's and the
+The learning rate and then the length are chosen by the validation accuracy of the first seed; each seed is run with
+the choice, and the table shows the test accuracy of its best checkpoint by validation. Every run is a finetune.py
+command with a folder of its own, named after all that decides on its result: the checkpoint's and the
 data's content and every setting.
 """
 import concurrent.futures
@@ -42,38 +42,35 @@ jobs = 2                                # runs at a time, one CPU thread each
 json_file = 'results/real.json'         # what came out: commands, commit, device and scores of every seed
 show = False                            # run nothing, print the table of json_file
 
-TASKS = {                               # name: (finetune.py arguments, updates, multiples of them to choose from)
-    'FSDD, 10 labels per class': (['config/finetune_fsdd.py', '--labels_per_class=10'], 300, (1,)),
-    'FSDD, unheard speaker': (['config/finetune_fsdd.py', '--fold=theo'], 300, (1,)),
-    'wakewords, 10 labels per class': (['config/finetune_wakewords.py'], 200, (1,)),
-    'ESC-10, fold 5': (['config/finetune_esc10.py'], 200, (1,)),
-    'demo, 10 labels per class': (['config/finetune_demo.py'], 200, (1,)),
+TASKS = {                               # name: (finetune.py arguments, updates)
+    'FSDD, 10 labels per class': (['config/finetune_fsdd.py', '--labels_per_class=10'], 300),
+    'FSDD, unheard speaker': (['config/finetune_fsdd.py', '--fold=theo'], 300),
+    'wakewords, 10 labels per class': (['config/finetune_wakewords.py'], 200),
+    'ESC-10, fold 5': (['config/finetune_esc10.py'], 200),
+    'demo, 10 labels per class': (['config/finetune_demo.py'], 200),
 }
 LABELS = {
     f'{title}, {number or "all"}':
-        ([f'config/finetune_{name}.py', f'--labels_per_class={number}'], updates, (1,))
+        ([f'config/finetune_{name}.py', f'--labels_per_class={number}'], updates)
     for title, name, updates in (('FSDD', 'fsdd', 300), ('wakewords', 'wakewords', 200))
     for number in (1, 5, 10, 50, 0)}
 ONE_AT_A_TIME = threading.Lock()         # Python's parser of Python (ast) fails now and then in several threads
-ARMS = {                                # arm: (further arguments, choices of learning rate and pooling)
-    'pretrained': ([], ((1e-3, 'bands'), (5e-4, 'bands'))),
-    'scratch': (['--init=scratch'], ((1e-3, 'bands'), (5e-4, 'bands'))),
-}
+ARMS = {'pretrained': [], 'scratch': ['--init=scratch']}                # further arguments of finetune.py
+LEARNING_RATES, LENGTHS = (2e-3, 1e-3, 5e-4), (1, 3)                    # to choose from; multiples of the updates
 
 
-def finetune(settings, task, arm, choice, multiple, seed):
+def finetune(settings, task, arm, lr, length, seed):
     """Run one finetune.py command to its end, or find it finished -> (validation accuracy, test scores) of its best."""
-    (config, *arguments), updates, _ = (TASKS | LABELS)[task]
+    (config, *arguments), updates = (TASKS | LABELS)[task]
     ckpt = settings.ckpt[seed - 1]
-    lr, pooling = choice
-    arguments = [os.path.join(ROOT, config), *arguments, *ARMS[arm][0], f'--ckpt={ckpt}',
-                 f'--data_dir={settings.data_dir}', f'--lr={lr}', f'--pooling={pooling}', '--layer_decay=1',
-                 f'--max_steps={updates * multiple}', f'--seed={seed}', '--threads=1']
+    arguments = [os.path.join(ROOT, config), *arguments, *ARMS[arm], f'--ckpt={ckpt}',
+                 f'--data_dir={settings.data_dir}', f'--lr={lr}',
+                 f'--max_steps={updates * length}', f'--seed={seed}', '--threads=1']
     name = ''.join(c if c.isalnum() else '_' for c in f'{task} {arm}')
     folder = os.path.join(settings.out_dir, f'{name}-seed{seed}-{identity(configured(arguments), ckpt)}')
     command = [os.path.join(ROOT, 'finetune.py'), *arguments, f'--out_dir={folder}']
     valid, scores = to_its_end(command, folder, finished)
-    print(f'{task}, {arm}, lr {lr:g}, {pooling}, x{multiple}, seed {seed}: validation {valid:.1%}, '
+    print(f'{task}, {arm}, lr {lr:g}, x{length}, seed {seed}: validation {valid:.1%}, '
           f'test {describe(scores)}', flush=True)
     began = log_lines(folder)[0]
     return valid, {**scores, 'validation': valid, 'command': command, 'commit': began['commit'],
@@ -109,20 +106,19 @@ def finished(lines):
 
 
 def tuned(settings, task, arm, pool):
-    """[test scores of each seed] with the choice, then the length, that validation prefers for the first seed."""
-    choices, multiples = ARMS[arm][1], (TASKS | LABELS)[task][2]
-    first = dict(zip(choices, pool.map(lambda choice: finetune(settings, task, arm, choice, 1, 1), choices)))
-    choice = max(choices, key=lambda choice: first[choice][0])
-    runs = {multiple: first[choice] if multiple == 1 else finetune(settings, task, arm, choice, multiple, 1)
-            for multiple in multiples}
-    multiple = max(multiples, key=lambda multiple: runs[multiple][0])
-    others = pool.map(lambda seed: finetune(settings, task, arm, choice, multiple, seed), range(2, settings.seeds + 1))
-    return [runs[multiple][1]] + [scores for _, scores in others]
+    """[test scores of each seed] with the learning rate, then the length, that the first seed's validation prefers."""
+    first = list(pool.map(lambda lr: finetune(settings, task, arm, lr, 1, 1), LEARNING_RATES))
+    best = max(range(len(first)), key=lambda i: first[i][0])
+    lr, runs = LEARNING_RATES[best], {1: first[best]}
+    runs |= {length: finetune(settings, task, arm, lr, length, 1) for length in LENGTHS if length > 1}
+    length = max(LENGTHS, key=lambda length: runs[length][0])
+    others = pool.map(lambda seed: finetune(settings, task, arm, lr, length, seed), range(2, settings.seeds + 1))
+    return [runs[length][1]] + [scores for _, scores in others]
 
 
 def probes(settings, task):
     """{probe and features: [test scores of each seed]}"""
-    (config, *arguments), *_ = (TASKS | LABELS)[task]
+    (config, *arguments), _ = (TASKS | LABELS)[task]
     how, found = configured([os.path.join(ROOT, config), *arguments]), {}
     where = processes.provenance(processes.start('cpu'))
     for seed in range(1, settings.seeds + 1):
