@@ -5,7 +5,8 @@
 
 Settings are the names below and the fields of model.ASDAConfig; override them in a config file or with --key=value.
 Every number of a run is a function of its settings and data: a resumed run, or one on another number of processes,
-computes the same.
+computes the same. Saved, every save_interval steps and at the end, are student, teacher, decoder, AdamW's moments, the
+step, settings, data statistics (engine/run.py: save).
 """
 import dataclasses
 import math

@@ -1,5 +1,4 @@
-"""AudioSet-2M as the authors' released code does it, where it differs from the paper (README, "Paper and authors'
-code").
+"""AudioSet-2M as the authors' released code does it, where it differs from the paper (docs/paper_and_code.md).
 
     torchrun --nproc_per_node=4 pretrain.py config/as2m_authors.py
 

@@ -18,7 +18,7 @@ from tools import viz
 from .conftest import ROOT, TINY, call, write_wav
 
 PAGES = ['README.md', *(f'docs/{page}.md' for page in
-                        'datasets results ablations scaling paper_and_code walkthrough'.split())]
+                        'datasets results ablations scaling paper_and_code performance walkthrough'.split())]
 
 
 def read(path):
@@ -30,7 +30,7 @@ README, TEXT = read('README.md'), '\n'.join(map(read, PAGES))
 COMMANDS = [
     shlex.split(line.split('&&')[-1], comments=True)
     for block in re.findall(r'```sh\n(.*?)```', TEXT, re.S)
-    for line in block.splitlines()
+    for line in block.replace('\\\n', ' ').splitlines()
     if line.strip() and not line.startswith('#')
 ]
 INLINE = [
@@ -55,11 +55,11 @@ def options_of(script):
     if script == 'prepare.py':
         for recipe in ('plan', *prepare.RECIPES):
             known |= set(settings_of(os.path.join(ROOT, 'recipes', recipe + '.py')))
-    return (
-        known | set(settings_of(os.path.join(ROOT, 'model.py'), 'ASDAConfig'))
-        if script in ('pretrain.py', 'finetune.py')
-        else known
-    )
+    if script == 'tools/bench.py':
+        known |= set(settings_of(os.path.join(ROOT, 'pretrain.py')))
+    if script in ('pretrain.py', 'finetune.py', 'tools/bench.py'):
+        known |= set(settings_of(os.path.join(ROOT, 'model.py'), 'ASDAConfig'))
+    return known
 
 
 def test_there_are_ten_hacks_and_both_first_commands():
