@@ -69,8 +69,8 @@ def log_mel(pcm, lengths, frames, window, mean, std, gain=None, repeat=False):
 # ---------------------------------------------------------------------------------------------------------------- masks
 
 def block_masks(batch, n_students, grid, mask_ratio, block, generator, adjust=0.07):
-    """Inverse block masks with an exact count (data2vec 2.0): blocks of patches are KEPT, the rest is masked. Why inverse:
-    at 80 % masked, what is left of masked blocks is scattered crumbs; kept blocks are pieces that hold some context.
+    """Inverse block masks with an exact count (data2vec 2.0): blocks of patches are KEPT, the rest is masked.
+    Why inverse: of 80 % masked in blocks, scattered crumbs are left; what is kept in blocks holds some context.
 
     grid (rows, columns) of patches; block: side of a block; adjust: extra share of blocks, since blocks overlap;
     generator: torch.Generator, whose device the masks are on. -> (batch, n_students, rows * columns) bool,

@@ -230,10 +230,18 @@ def can_compile(process):
 
 def provenance(process):
     """Where a run happens: versions, device, threads, commit."""
-    device = (torch.cuda.get_device_name() if process.device.type == 'cuda'
-              else platform.processor() or platform.machine())
-    return {'torch': torch.__version__, 'python': platform.python_version(), 'device': device,
+    return {'torch': torch.__version__, 'python': platform.python_version(), 'device': device_name(process.device),
             'processes': process.world, 'threads': torch.get_num_threads(), 'commit': commit()}
+
+
+def device_name(device):
+    """The GPU's name, or the processor's as Linux tells it."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name()
+    with contextlib.suppress(OSError), open('/proc/cpuinfo', encoding='utf-8') as f:
+        if named := re.search(r'^model name\s*: (.+)$', f.read(), re.M):
+            return named[1].strip()
+    return platform.processor() or platform.machine()
 
 
 @functools.cache

@@ -46,7 +46,9 @@ def test_a_table_is_made_once_from_what_the_logs_say(how, tmp_path):
                              'log.jsonl').read_text().splitlines()[-1])
         assert 'probe' in logged
         mean = 100 * statistics.mean(run['probe'] for run in runs)
-        assert f'| {row} | {mean:.1f} ± ' in made.out
+        own = 100 * statistics.mean(run['random'] for run in runs)
+        line = next(line for line in made.out.splitlines() if line.startswith(f'| {row} | '))
+        assert f'| {row} | {mean:.1f} ± ' in line and f'| {own:.1f} ± ' in line
     assert 'random weights' in made.out and 'log-mel' in made.out
     again = call(ablations.run, *options, '--tables=utterance', '--seeds=2')
     assert again.code == 0 and len(commands) == 6

@@ -59,9 +59,10 @@ def test_every_arm_is_tuned_run_and_found_again(pretrained, data_dir, tmp_path, 
     assert first.code == 0, first.err
     shown = [line for line in first.out.splitlines() if line.startswith('| ')]
     rows = rows_of(tmp_path / 'results' / 'tiny.json')
-    assert len(rows) == 8 and shown[0] == '| | noises |' and len(shown) == 9
+    assert len(rows) == 8 and shown[0] == '| | noises | mean |' and len(shown) == 9
     for name, cells in rows.items():
-        assert len(cells['noises']) == 2 and f'| {name} | {results.cell(cells["noises"])} |' in shown
+        mean = sum(100 * score['accuracy'] for score in cells['noises']) / 2
+        assert len(cells['noises']) == 2 and f'| {name} | {results.cell(cells["noises"])} | {mean:.1f} |' in shown
         assert all(score['commit'] is not None and score['device'] for score in cells['noises'])
     best = rows['fine-tuned, pretrained']['noises'][0]
     folder = best['command'][-1].removeprefix('--out_dir=')
@@ -118,7 +119,7 @@ def test_validation_chooses_and_the_file_says_what_was_run(pretrained, data_dir,
     for seed, score in enumerate(scores, 1):
         assert {'--lr=0.001', '--max_steps=3', f'--seed={seed}'} <= set(score['command'])
         assert (score['commit'], score['device']) == ('c0ffee', 'a CPU')
-    assert '| fine-tuned, pretrained | 10.0 % (1 of 10) |' in result.out
+    assert '| fine-tuned, pretrained | 10.0 % (1 of 10) | 10.0 |' in result.out
 
 
 def test_probes_are_told_what_the_task_says(tmp_path, monkeypatch):
@@ -161,7 +162,8 @@ def test_cells_hold_mean_spread_and_counts():
     assert results.cell(scores) == f'82.5 ± {spread:.1f} % (65 / 63 / 70 of 80)'
     assert results.cell(scores[:1]) == results.cell([scores[0]] * 2) == '81.2 % (65 of 80)'
     assert results.table({'a': {'x': scores[:1]}, 'b': {'y': scores[:1]}}).splitlines() == [
-        '| | x | y |', '|---|---|---|', '| a | 81.2 % (65 of 80) |  |', '| b |  | 81.2 % (65 of 80) |']
+        '| | x | y | mean |', '|---|---|---|---|', '| a | 81.2 % (65 of 80) |  | 81.2 |',
+        '| b |  | 81.2 % (65 of 80) | 81.2 |']
 
 
 @pytest.mark.parametrize('argv, word', [(['--arms=all'], 'arms'), (['--tasks=all'], 'tasks'), (['--jobs=0'], 'jobs'),

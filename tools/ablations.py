@@ -106,14 +106,15 @@ def table(title, rows):
     one_run = next(iter(rows.values()))[0]
     where = next(word.partition('=')[2] for word in one_run['command'] if word.startswith('--eval_dataset='))
     lines = [f'**{title}**, probed on {where}\n', '| ' + ' | '.join(
-        ['', 'linear probe, %', 'kNN, %', 'content, %', 'place, %', 'updates', 'difference']) + ' |', '|' + 7 * '---|']
+        ['', 'linear probe, %', 'its random weights, %', 'kNN, %', 'content, %', 'place, %', 'updates',
+         'difference']) + ' |', '|' + 8 * '---|']
     for row, runs in rows.items():
-        cells = [spread([run[name] for run in runs]) for name in ('probe', 'knn', 'content', 'place')]
+        cells = [spread([run[name] for run in runs]) for name in ('probe', 'random', 'knn', 'content', 'place')]
         probes = [run['probe'] for run in runs]
         said = '' if row == next(iter(rows)) else difference(base, probes)
         lines.append(f'| {row} | {" | ".join(cells)} | {runs[0]["updates"]:,} | {said} |')
-    for row, name in (('random weights', 'random'), ('log-mel mean and deviation', 'log_mel')):
-        lines.append(f'| {row} | {spread([run[name] for run in next(iter(rows.values()))])} | | | | 0 | |')
+    log_mel = spread([run['log_mel'] for run in next(iter(rows.values()))])
+    lines.append(f'| log-mel mean and deviation | {log_mel} | | | | | | |')
     return '\n'.join(lines)
 
 

@@ -146,7 +146,7 @@ def measure_step(bench):
     seconds = measured.pop('step')
     speed = sum(parts.values()) * bench.settings.batch_size / seconds
     matmul = {dtype: 2 * side ** 3 / its_seconds for dtype, its_seconds in measured.items()}
-    peak = peak_flops(bench.device_name(), bench.settings.dtype)
+    peak = peak_flops(processes.device_name(bench.process.device), bench.settings.dtype)
     return {'ms': seconds * 1e3, 'clips_per_second': bench.settings.batch_size / seconds,
             'peak_memory_GiB': memory / 2 ** 30, 'TFLOP_per_second': speed / 1e12,
             **{f'matmul_TFLOP_per_second, {dtype}': its_speed / 1e12 for dtype, its_speed in matmul.items()},
@@ -381,7 +381,7 @@ def write_profile(bench):
 def where_of(bench):
     """What figures depend on beside the code."""
     settings, provenance = bench.settings, processes.provenance(bench.process)
-    return {'device': bench.device_name(), 'cores': cores(), 'threads': provenance['threads'],
+    return {'device': provenance['device'], 'cores': cores(), 'threads': provenance['threads'],
             'load': round(os.getloadavg()[0], 1),                           # other processes slow this one down
             'torch': provenance['torch'], 'dtype': settings.dtype, 'compile': settings.compile,
             'batch_size': settings.batch_size, 'clips': settings.dataset or 'synthetic',

@@ -4,7 +4,6 @@ This file must not know what is measured.
 """
 import contextlib
 import os
-import platform
 import re
 import resource
 import statistics
@@ -68,14 +67,6 @@ class Bench:
         if self.is_cuda:
             return torch.cuda.max_memory_allocated()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
-
-    def device_name(self):
-        """The GPU's name, or the CPU's as Linux tells it."""
-        if self.process.device.type == 'cpu' and os.path.exists('/proc/cpuinfo'):
-            with open('/proc/cpuinfo', encoding='utf-8') as f:
-                named = re.search(r'^model name\s*: (.+)$', f.read(), re.M)
-            return named[1].strip() if named else platform.machine()
-        return processes.provenance(self.process)['device']
 
 
 def peak_flops(device_name, dtype):

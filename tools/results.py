@@ -147,9 +147,12 @@ def snapshot(path, folder):
 def table(rows):
     """{row: {task: [scores of each seed]}} as Markdown."""
     tasks = list(dict.fromkeys(task for cells in rows.values() for task in cells))
-    return '\n'.join(['| | ' + ' | '.join(tasks) + ' |', '|' + '---|' * (len(tasks) + 1),
-                      *(f'| {row} | ' + ' | '.join(cell(cells[task]) if task in cells else '' for task in tasks) + ' |'
-                        for row, cells in rows.items())])
+    lines = ['| | ' + ' | '.join(tasks) + ' | mean |', '|' + '---|' * (len(tasks) + 2)]
+    for row, cells in rows.items():
+        means = [100 * statistics.mean(score['accuracy'] for score in cells[task]) for task in tasks if task in cells]
+        lines.append(f'| {row} | ' + ' | '.join(cell(cells[task]) if task in cells else '' for task in tasks)
+                     + f' | {statistics.mean(means):.1f} |')
+    return '\n'.join(lines)
 
 
 def cell(scores):
