@@ -30,7 +30,7 @@ from recipes.audioset import read_label_csv
 from scoring.features import POOLS, feature_batches, features, log_mel_statistics, predict, width
 from scoring.metrics import NotFiniteError, describe, mean_of_windows, metrics, probabilities
 from scoring.outputs import check_output, labels_of, table_path, write_arrays, write_classes, write_windows
-from scoring.probes import knn_scores, linear_probe, standardised
+from scoring.probes import in_float64, knn_scores, linear_probe, standardised
 
 ckpt = ''                   # the checkpoint
 dataset = ''                # a prepared set; default for a fine-tuned checkpoint: the one it was tuned on
@@ -137,16 +137,17 @@ def probe_pretrained(loaded, settings, process, autocast):
     targets = [part.targets(np.arange(len(part))) for part in parts]
     process.print(f'{settings.dataset}: {len(train):,} training, {len(valid):,} validation, {len(test):,} test clips; '
                   f'{len(test.classes)} classes; whole clips in windows of {spectrum["frames"]} frames')
-    results = {}
+    results, where = {}, in_float64(process.device)
     for kind, found in kinds.items():
         x, v, t = found()
         results[kind] = {}
         if not test.multi_label:
             near, far = standardised(x, t)
-            votes = knn_scores(near, train.label, far, len(train.classes))
+            votes = knn_scores(near, train.label, far, len(train.classes), device=where)
+            del near, far                                                   # linear_probe makes its own
             results[kind]['kNN'] = metrics(votes, targets[2], False)[0]
         logits, strength = linear_probe((x, targets[0]), (v, targets[1]), t, test.multi_label,
-                                        title='probing' if process.is_main else '')
+                                        title='probing' if process.is_main else '', device=where)
         results[kind]['linear probe'] = {**metrics(logits, targets[2], test.multi_label)[0], 'l2': strength}
         process.print(f'{kind:22}'
                       + ''.join(f'{probe}: {describe(scores)}   ' for probe, scores in results[kind].items()))

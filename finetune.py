@@ -149,7 +149,6 @@ def make_optimizer(model, settings, process):
         scale = settings.layer_decay ** (L - int(i)) if blocks == 'blocks' else 1.0
         decay = settings.weight_decay if settings.decay_vectors or p.squeeze().ndim > 1 else 0.0
         groups.setdefault((scale, decay), {'params': [], 'scale': scale, 'weight_decay': decay})['params'].append(p)
-    assert sum(p.numel() for group in groups.values() for p in group['params']) == count_parameters(model)
     process.print(f'AdamW: {count_parameters(model):,} parameters in {len(groups)} groups, learning rate scaled from '
                   f'{min(g["scale"] for g in groups.values()):.2g} to {max(g["scale"] for g in groups.values()):g}')
     return torch.optim.AdamW(groups.values(), lr=0.0, betas=(settings.beta1, settings.beta2), eps=1e-8, fused=True)

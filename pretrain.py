@@ -132,7 +132,6 @@ def make_optimizer(model, settings, process):
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     vectors = [p for p in parameters.values() if p.squeeze().ndim <= 1]
     matrices = [p for p in parameters.values() if p.squeeze().ndim > 1]
-    assert sum(p.numel() for p in vectors + matrices) == count_parameters(model)
     process.print(f'AdamW: {len(matrices)} matrices ({sum(p.numel() for p in matrices):,} parameters) decay, '
                   f'{len(vectors)} vectors ({sum(p.numel() for p in vectors):,}) '
                   f'{"decay too" if settings.decay_vectors else "do not"}')

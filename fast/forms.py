@@ -83,7 +83,7 @@ def apply(model, names=ALWAYS):
     done = []
     for name in names:
         kinds, form, words = FORMS[name]
-        part = getattr(model, PARTS.get(name, ''), model)
+        part = getattr(model, PARTS[name], nn.Module()) if name in PARTS else model
         found = [module for module in part.modules() if type(module) in kinds]
         for module in found:
             module.__class__ = form

@@ -15,7 +15,7 @@ from engine.logs import lines_of
 from engine.randomness import random
 from model import MAX_FRAMES
 from scoring.features import feature_batches, log_mel_statistics
-from scoring.probes import effective_rank, knn_accuracy, linear_probe
+from scoring.probes import effective_rank, in_float64, knn_accuracy, linear_probe
 
 CLIPS = 2000                    # of the labelled set, at most
 PROBE_L2 = (0.1,)               # one strength: nothing is left to choose it on, and it takes little time
@@ -74,16 +74,17 @@ def monitor(encoder, labelled, spectrum, process, autocast, workers):
         found.append([np.concatenate(parts) for parts in zip(*((rows['bands'], rows['cls']) for _, rows in batches))])
     (x, x_cls), (t, t_cls) = found
     train, valid = labelled
-    return {**read_off(x, t, train, valid), 'knn_cls': knn_accuracy(x_cls, train.label, t_cls, valid.label),
+    return {**read_off(x, t, train, valid, in_float64(process.device)),
+            'knn_cls': knn_accuracy(x_cls, train.label, t_cls, valid.label),
             'chance': float((valid.label == torch.from_numpy(valid.label).mode().values.item()).mean()),
             'effective_rank': effective_rank(t_cls)}
 
 
-def read_off(x, t, train, valid):
+def read_off(x, t, train, valid, device='cpu'):
     """kNN and linear probe from features x of train to t of valid clips."""
     targets = [part.targets(np.arange(len(part))) for part in (train, valid)]
-    logits, _ = linear_probe((x, targets[0]), (t, targets[1]), t, False, strengths=PROBE_L2)
-    return {'knn': knn_accuracy(x, train.label, t, valid.label),
+    logits, _ = linear_probe((x, targets[0]), (t, targets[1]), t, False, strengths=PROBE_L2, device=device)
+    return {'knn': knn_accuracy(x, train.label, t, valid.label, device=device),
             'probe': float((logits.argmax(axis=1) == valid.label).mean())}
 
 

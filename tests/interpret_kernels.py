@@ -120,7 +120,8 @@ def operators():
     leaf = [t.clone().requires_grad_() for t in (x, weight, bias, qkv, shift)]
     torch.library.opcheck(kernels.conv_op, (*leaf[:3], 4))
     torch.library.opcheck(kernels.conv_op, (*leaf[:2], None, 4))
-    torch.library.opcheck(kernels.conv_weight_grad_op, (x, x, 4))
+    for groups in (4, 1):
+        torch.library.opcheck(kernels.conv_weight_grad_op, (x, x, groups))
     for norm in (True, False):
         torch.library.opcheck(kernels.attention_op, (*leaf[3:], 2, 0.3, norm, 1e-5))
         out, lse, rstd = kernels.attention_op(qkv, shift, 2, 0.3, norm, 1e-5)

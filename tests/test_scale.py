@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import struct
 import sys
+import tempfile
 import time
 import tracemalloc
 import zipfile
@@ -177,6 +178,7 @@ def test_resampling_in_pieces_is_resampling_whole(monkeypatch, rate):
 
 def test_channels_that_cancel_in_a_long_file(tmp_path, monkeypatch):
     monkeypatch.setattr(decoding, 'PIECE', 4000)
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))                 # where the long one is spilled
     wave = np.stack([-0.995 * sound(4), sound(4)], axis=1)
     soundfile.write(tmp_path / 'x.wav', wave, 16000)
     for most in (1e9, 1000):

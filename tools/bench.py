@@ -134,10 +134,10 @@ def measure_step(bench):
     """The whole step: time, memory, operations per second and their share of what a large matrix product, called in
     turn with it, reaches and of the device's peak."""
     step, parts = training_step(bench), flops(bench.config)
+    step()                                                                  # torch.compile tries what it likes
     if bench.is_cuda:
         torch.cuda.reset_peak_memory_stats()
-    for _ in range(2):                                                      # the second has the optimizer's averages
-        step()
+    step()                                                                  # and has the optimizer's averages
     memory, side = bench.peak_memory(), 8192 if bench.is_cuda else 2048
     pair = torch.randn(2, side, side, device=bench.process.device)
     products = {dtype: functools.partial(torch.matmul, *pair.to(getattr(torch, dtype)))
@@ -172,7 +172,8 @@ def measure_operators(bench):
     """The five operators (on a GPU: kernels) that take most time of their own, in percent of all of a step."""
     times = {event.key: event.self_device_time_total if bench.is_cuda else event.self_cpu_time_total
              for event in profiled(bench).key_averages()
-             if not bench.is_cuda or event.device_type == torch.autograd.DeviceType.CUDA}
+             if not bench.is_cuda or event.device_type == torch.autograd.DeviceType.CUDA
+             and not event.is_user_annotation}                              # a span around kernels, which count
     return {f'percent in {name[:60]}': times[name] / sum(times.values()) * 100
             for name in sorted(times, key=times.get, reverse=True)[:5]}
 
@@ -187,7 +188,7 @@ def measure_with_data(bench):
         step, sources = training_step(still), {'without_data': spectrograms(still),
                                                'with_data': spectrograms(bench, clips)}
         for name in [*sources] * 2:
-            for _ in range(max(ready, settings.warmup)):
+            for _ in range(max(ready if name == 'with_data' else 1, settings.warmup)):
                 step(sources[name])
             bench.synchronise()
             began = time.perf_counter()

@@ -27,6 +27,7 @@ from tools.reference import read_log
 
 DEMO = os.path.join(ROOT, 'config', 'demo.py')
 SPARE = 0.95                    # of a GPU's memory, to find the largest batch: the allocator needs some for itself
+AROUND = 1.5                    # times what pre-training takes: with its clips, which are made first, and its start
 
 
 # -------------------------------------------------------------------------------------- parts that bench.py has not
@@ -37,13 +38,15 @@ def measure_kernels(bench):
     figures, dtype = {}, getattr(torch, bench.settings.dtype)
     for name, shape in forms.kernel_shapes(bench.config, bench.settings.batch_size).items():
         if shape is None or name == 'attention' and not kernels.diff_attention_fits(shape[1], shape[3], dtype):
-            figures[f'launch of {name}'] = 'no such layer, or beyond what the kernel holds'
+            figures[f'{name}, not measured'] = 'no such layer, or beyond what the kernel holds'
             continue
-        for form, (errors, ms) in zip(('plain', 'kernel'), kernels.compare(name, shape, bench.process.device, dtype)):
+        plain, kernel = kernels.compare(name, shape, bench.process.device, dtype)
+        for form, (errors, ms) in (('plain', plain), ('kernel', kernel)):
             figures |= {f'error of {name}, {form}: result': errors[0],
                         f'error of {name}, {form}: largest of gradients': max(errors[1:]),
                         f'ms of {name}, {form}': ms}
-        figures[f'launch of {name}'] = kernels.tuned_name(name)
+        figures |= {f'{name} is right': 'yes' if all(map(kernels.is_right, kernel[0], plain[0])) else 'no',
+                    f'launch of {name}': kernels.tuned_name(name)}
     return figures
 
 
@@ -69,6 +72,7 @@ def measure_largest(bench):
     few = bench.settings.batch_size
     (_, first), (_, second) = (measure(clips, False) for clips in (few, 2 * few))
     room = SPARE * torch.cuda.get_device_properties(bench.process.device).total_memory
+    torch.cuda.set_per_process_memory_fraction(SPARE)                       # the rest is for libraries that load late
     clips = few + int((room - first) / max((second - first) / few, 1))
     while clips > 2 * few:
         torch.cuda.empty_cache()
@@ -76,7 +80,9 @@ def measure_largest(bench):
             seconds, memory = measure(clips, True)
             return {'clips': clips, 'ms': seconds * 1e3, 'clips_per_second': clips / seconds,
                     'peak_memory_GiB': memory / 2 ** 30}
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:                                       # torch.OutOfMemoryError is one
+            if 'out of memory' not in str(error):
+                raise
             clips = int(clips * 0.9)
     raise ConfigError(f'not even {2 * few} clips fit')
 
@@ -85,7 +91,8 @@ def measure_pretraining(bench):
     """pretrain.py with config/demo.py, its schedule made as long as pretraining_seconds of this device allow; its
     measures are means over the last tenth. Its clips are made if they are not in data_dir."""
     settings = bench.settings
-    here = [DEMO, f'--device={bench.process.device.type}', f'--threads={settings.threads}', '--workers=0']
+    here = [DEMO, f'--device={bench.process.device.type}', f'--threads={settings.threads}', '--workers=0',
+            f'--kernels={settings.kernels}']
     demo = Bench(configure(here).but(steps=settings.steps, warmup=settings.warmup), bench.process)
     seconds = demo.seconds('pre-training', step=training_step(demo))['step']
     updates = max(int(settings.pretraining_seconds / seconds), 10)
@@ -93,7 +100,7 @@ def measure_pretraining(bench):
         data_dir = settings.data_dir
         if not os.path.exists(os.path.join(data_dir, 'demo', 'meta.json')):
             data_dir = folder
-            prepare.run(['demo', '--clips=2000', f'--workers={cores()}', f'--out_dir={folder}/demo'])
+            prepare.run(['demo', '--clips=1000', f'--workers={cores()}', f'--out_dir={folder}/demo'])
         pretrain.run([*here, f'--max_steps={updates}', f'--warmup_steps={updates // 10}', '--eval_dataset=',
                       f'--log_interval={max(updates // 100, 1)}', f'--save_interval={updates}',
                       f'--data_dir={data_dir}', f'--out_dir={folder}/run'])
@@ -117,24 +124,26 @@ def parts(settings):
     compiled = {'compile': True, 'compile_mode': 'default'}
     few, many = ({'batch_size': clips, 'accumulate': 1} for clips in (settings.batch_size, 4 * settings.batch_size))
     on_few, on_many = (f'The step of {size["batch_size"]} clips' for size in (few, many))
+    fed = {**many, **plain, 'workers': min(settings.workers, 4)}            # 2,000 clips/s each
     return [('Kernels', 'measured', 'kernels', few),
-            *((title, column, 'step', {**size, **plain, 'kernels': names})
-              for title, size in ((on_few, few), (on_many, many))
-              for column, names in (('plain', 'torch'), ('conv', 'conv'), ('attention', 'attention'),
-                                    ('both kernels', 'conv,attention'))),
+            (on_few, 'plain', 'step', {**few, **plain}),
+            (on_many, 'plain', 'step', {**many, **plain}),
+            (on_few, 'compiled, both kernels', 'step', {**few, **both, **compiled}),
+            (on_many, 'compiled, both kernels', 'step', {**many, **both, **compiled}),
             ('Losses', 'measured', 'precision', {**few, **plain}),
+            ('A short pre-training', 'measured', 'pretraining', plain),
+            *((title, names.replace('conv,attention', 'both kernels'), 'step', {**size, **plain, 'kernels': names})
+              for title, size in ((on_few, few), (on_many, many)) for names in ('conv', 'attention', 'conv,attention')),
             ('Operators of the plain step', 'measured', 'operators', {**few, **plain}),
-            ('Steps with data', 'measured', 'with_data', {**many, **plain}),
-            ('Data path', 'measured', 'data', {**many, **plain}),
+            ('Steps with data', 'measured', 'with_data', fed),
+            ('Data path', 'measured', 'data', fed),
             ('Filterbank', 'measured', 'fbank', {**many, **plain}),
             ('Masks', 'measured', 'masks', {**many, **plain}),
             (on_many, 'compiled', 'step', {**many, **plain, **compiled}),
-            (on_many, 'compiled, both kernels', 'step', {**many, **both, **compiled}),
-            ('A short pre-training', 'measured', 'pretraining', plain),
+            ('The largest batch', 'both kernels, not compiled', 'largest', {**few, **both}),
             ('Growth', 'measured', 'growth', {**few, **plain}),
-            ('The largest batch', 'both kernels', 'largest', {**few, **both}),
-            *((on_few, f'{"compiled" if mode == "default" else mode}, both kernels', 'step',
-               {**few, **both, 'compile': True, 'compile_mode': mode}) for mode in pretrain.COMPILE_MODES)]
+            *((on_few, f'{mode}, both kernels', 'step', {**few, **both, 'compile': True, 'compile_mode': mode})
+              for mode in pretrain.COMPILE_MODES if mode != 'default')]
 
 
 def why_not(name, changes, process, compiles):
@@ -187,11 +196,14 @@ def run(bench, where):
     """Measure every part, and write what there is after each."""
     settings, process, began = bench.settings, bench.process, time.perf_counter()
     figures, seconds, reasons, compiles = {}, {}, {}, processes.can_compile(process)
+    long = AROUND * settings.pretraining_seconds
+    kept = long if long < settings.budget else 0                            # until it has run no part may take these
     for table, column, name, changes in parts(settings):
         part, left = f'{table}: {column}', settings.budget - (time.perf_counter() - began)
+        needed, kept = (long, 0) if name == 'pretraining' else (0, kept)
         if reason := why_not(name, changes, process, compiles):
             reasons[part] = f'not on this device ({reason})'
-        elif left <= (1.2 * settings.pretraining_seconds if name == 'pretraining' else 0):
+        elif left - kept <= needed:
             reasons[part] = f'left out: {max(left, 0):.0f} s of the budget of {settings.budget:g} s were left'
         else:
             process.print(f'measuring {part} ...')
@@ -200,7 +212,7 @@ def run(bench, where):
                 changes['kernels'] = ','.join(launches.get(f'launch of {kernel}', kernel)
                                               for kernel in changes['kernels'].split(','))
             start = time.perf_counter()
-            result = in_a_process(name, settings.but(**changes), left)
+            result = in_a_process(name, settings.but(**changes), left - kept)
             seconds[part] = time.perf_counter() - start
             if isinstance(result, str):
                 reasons[part] = f'failed: {result}'

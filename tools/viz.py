@@ -284,7 +284,7 @@ def draw_curves(settings, plt):
     runs = [read_log(path) for path in paths]
     names = [path.removesuffix('.jsonl').removesuffix('/log') for path in paths]
     panels = [('loss', ['loss']), ('share of the variance', ['explained', 'content']),
-              ('accuracy', ['knn', 'probe', 'knn_cls', 'knn_patches', 'valid accuracy', 'valid mAP'])]
+              ('accuracy', ['knn', 'probe', 'knn_cls', 'valid accuracy', 'valid mAP'])]
     panels = [panel for panel in panels if any(name in series for name in panel[1] for _, series, _ in runs)]
     figure, axes = plt.subplots(2, len(panels), figsize=(WIDE, 4.2), squeeze=False)
     for run, (path, (_, series, seconds)) in enumerate(zip(names, runs)):
