@@ -3,7 +3,8 @@
     python finetune.py config/finetune_demo.py --ckpt=out/demo/ckpt.pt
 
 What it costs: 200 updates of 32 clips. Time: 16 seconds on two CPU cores. What to expect: 40 % (317 of 800, one
-run) with the demo's own checkpoint; with that of config/real.py 61 %, from scratch 44 (docs/results.md).
+run) with the demo's own checkpoint; with that of config/real.py, --lr=2e-3 and --max_steps=600 66 %, from scratch 61
+(docs/results.md).
 """
 include('finetune_small.py')
 
