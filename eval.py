@@ -155,7 +155,7 @@ def probe_pretrained(loaded, settings, process, autocast):
 
 
 def check_size(clips, numbers, pool):
-    """Refuse features that no machine's memory is made for."""
+    """Refuse features that no machine's memory is made for: kNN and the probe take up to three times as much beside."""
     if clips * numbers * 4 > MAX_FEATURE_BYTES:
         raise ConfigError(f'pool = {pool}: {numbers:,} features of {clips:,} clips take {clips * numbers >> 28} GiB, '
                           f'more than {MAX_FEATURE_BYTES >> 30}: use --pool=mean')
