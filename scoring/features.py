@@ -72,7 +72,8 @@ def feature_batches(encoder, clips, spectrum, process, autocast, pools, layer=0,
     layer: of block 1 ... L, or 0, the mean of all blocks' outputs.
     A clip that is longer than the input is seen in windows side by side. Every real frame counts once, padding never: a
     row of patches weighs as many frames as it holds of the clip that no window before has seen, a CLS as many as its
-    window. Raises NotFiniteError.
+    window. Copies of a clip that is repeated to fill its window (spectrum['repeat']) count like the clip; to leave them
+    out was no better (docs/recipe.md). Raises NotFiniteError.
     """
     windows, seen = windows_of(clips, spectrum['frames'])
 
