@@ -233,7 +233,8 @@ class ASDA(nn.Module):
         """(B, frames, n_mels) -> frame targets (B, P, D), utterance targets (B, D): the teacher sees every patch. From
         every layer t, instance-normalised over time per channel; averaged over layers; LayerNorm. In float32."""
         _, outputs = self.teacher(spec, layers=True)
-        outputs = [t[:, 1:].float() for t in outputs[-self.config.target_layers:]]      # 0: all; no CLS; (B, P, D)
+        outputs = outputs[-self.config.target_layers:]                      # of the last blocks; [-0:] is all of them
+        outputs = [t[:, 1:].float() for t in outputs]                       # without CLS, (B, P, D) each
         frame = F.layer_norm(sum(map(instance_norm, outputs)) / len(outputs), (self.config.n_embd,), eps=TARGET_EPS)
         if self.config.utterance_target == 'normed':
             return frame, frame.mean(dim=1)

@@ -10,8 +10,8 @@ A {seed} in --ckpt stands for 1, 2, ...: every seed then has a pre-training of i
 
 The learning rate and then the length are chosen by the validation accuracy of the first seed; each seed is run with
 the choice, and the table shows the test accuracy of its best checkpoint by validation. Every run is a finetune.py
-command with a folder of its own, named after all that decides on its result: the checkpoint's and the
-data's content and every setting.
+command with a folder of its own, named after all that decides on its result: the checkpoint's and the data's content
+and every setting.
 """
 import concurrent.futures
 import hashlib
