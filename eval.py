@@ -36,8 +36,7 @@ ckpt = ''                   # the checkpoint
 dataset = ''                # a prepared set; default for a fine-tuned checkpoint: the one it was tuned on
 data_dir = 'data'           # where prepared sets are
 fold = ''                   # test on this fold of the set; '': on its test split (fine-tuned: as it was tuned)
-labels_per_class = 0        # probe: train on so many labels of each class; 0: all
-validation_part = 0.1       # share of the training split on which the probe's strength is chosen
+labels_per_class = 0        # probe: train on so many labels of each class; 0: all of the training split
 seed = 1                    # which labels, if there are few
 wav = ''                    # audio files to classify or embed, or folders of them, separated by commas; a comma in a
                             # name is one if the file with it exists
@@ -114,9 +113,10 @@ def probe_pretrained(loaded, settings, process, autocast):
     split: log-mel statistics, and the same encoder with random weights. -> {features: {probe: scores}}"""
     if not settings.dataset:
         raise ConfigError('a pre-trained checkpoint is probed on a labelled set: --dataset=NAME (or use --embed)')
-    *parts, whole = task_splits(settings.dataset, settings.data_dir, settings.fold, settings.labels_per_class,
-                                settings.seed, settings.validation_part)
-    train, valid, test = parts
+    kept = 0.1 if settings.labels_per_class else 0                          # few: those that finetune.py draws, too
+    train, _, test, whole = task_splits(settings.dataset, settings.data_dir, settings.fold, settings.labels_per_class,
+                                        settings.seed, validation_part=kept)
+    parts = train, test
     mean, std = whole.statistics(loaded.spectrum['window'])
     spectrum = with_given_statistics({**loaded.spectrum, 'mean': mean, 'std': std}, settings)
     longest = min(int(max(frames_in(part.length).max() for part in parts)), MAX_FRAMES)
@@ -134,21 +134,21 @@ def probe_pretrained(loaded, settings, process, autocast):
         check_size(sum(map(len, parts)), width(loaded.config, pool), pool)
         kinds[f'random weights, {pool}'] = functools.partial(of_encoder, untrained, pool)
         kinds[pool] = functools.partial(of_encoder, loaded.encoder, pool)
-    targets = [part.targets(np.arange(len(part))) for part in parts]
-    process.print(f'{settings.dataset}: {len(train):,} training, {len(valid):,} validation, {len(test):,} test clips; '
+    targets, wanted = (part.targets(np.arange(len(part))) for part in parts)
+    process.print(f'{settings.dataset}: {len(train):,} training and {len(test):,} test clips; '
                   f'{len(test.classes)} classes; whole clips in windows of {spectrum["frames"]} frames')
     results, where = {}, in_float64(process.device)
     for kind, found in kinds.items():
-        x, v, t = found()
+        x, t = found()
         results[kind] = {}
         if not test.multi_label:
             near, far = standardised(x, t)
             votes = knn_scores(near, train.label, far, len(train.classes), device=where)
             del near, far                                                   # linear_probe makes its own
-            results[kind]['kNN'] = metrics(votes, targets[2], False)[0]
-        logits, strength = linear_probe((x, targets[0]), (v, targets[1]), t, test.multi_label,
+            results[kind]['kNN'] = metrics(votes, wanted, False)[0]
+        logits, strength = linear_probe((x, targets), t, test.multi_label,
                                         title='probing' if process.is_main else '', device=where)
-        results[kind]['linear probe'] = {**metrics(logits, targets[2], test.multi_label)[0], 'l2': strength}
+        results[kind]['linear probe'] = {**metrics(logits, wanted, test.multi_label)[0], 'l2': strength}
         process.print(f'{kind:22}'
                       + ''.join(f'{probe}: {describe(scores)}   ' for probe, scores in results[kind].items()))
     return results

@@ -98,8 +98,11 @@ def check(settings, world):
         raise ConfigError(f'min_lr = {settings.min_lr:g} must not be above lr = {settings.lr:g}')
 
 
-def check_labels(settings, clips):
-    """Raise ConfigError for a loss and clips that do not go together."""
+def check_labels(settings, clips, valid):
+    """Raise ConfigError for a loss and clips that do not go together, and where validation has none of them."""
+    if settings.validation_part and not len(valid):
+        raise ConfigError(f'validation_part = {settings.validation_part:g} of {settings.dataset} is no clip: a larger '
+                          'part, or 0')
     kind = loss_kind(settings, clips.multi_label)
     if clips.multi_label and kind == 'cross_entropy':
         raise ConfigError(f'loss = cross_entropy takes one label a clip, {settings.dataset} has several: --loss=bce')
@@ -222,7 +225,7 @@ def train(settings, process, stop=None):
         clips, valid, test, whole = task_splits(
             settings.dataset, settings.data_dir, settings.fold, settings.labels_per_class, settings.seed,
             settings.validation_part, settings.test_dataset)
-        check_labels(settings, clips)
+        check_labels(settings, clips, valid)
         model, told = initial_model(settings, len(clips.classes), run.state)
         mean, std = whole.statistics(told['window'])
         config, spectrum = model.config, {**told, 'mean': mean, 'std': std}

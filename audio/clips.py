@@ -339,6 +339,6 @@ def task_splits(name, data_dir='data', fold='', labels_per_class=0, seed=1, vali
         train, valid = carve_validation(train, validation_part)
     if labels_per_class:
         train = few_labels(train, labels_per_class, seed)
-    if not len(train) or not len(valid) and validation_part:
-        raise DataError(f'{name}: {len(train)} training and {len(valid)} validation clips; change validation_part')
+    if not len(train):
+        raise DataError(f'{name}: no training clips are left beside {len(valid)} for validation')
     return train, valid, test, whole

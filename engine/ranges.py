@@ -53,5 +53,5 @@ def check_model(config):
                          f'{config.n_layer}')
     return config
 EVALUATE = {name: FINETUNE[name] for name in ('labels_per_class', 'seed', 'frames', 'batch_size', 'workers', 'threads')}
-EVALUATE |= {'validation_part': (1e-6, 1), 'top_k': (1, 1e6), 'max_minutes': (0.001, 1e5), 'norm_mean': (-100, 100),
+EVALUATE |= {'top_k': (1, 1e6), 'max_minutes': (0.001, 1e5), 'norm_mean': (-100, 100),
              'norm_std': (1e-3, 100), 'window': (0, 1e6), 'hop': (0, 1e6), 'layer': (0, 1000)}

@@ -68,11 +68,9 @@ def begin_as_probe(classifier, clips, spectrum, process, autocast, workers=0):
                           autocast, workers=workers, title='probe')
     finally:
         hook.remove()
-    targets = torch.from_numpy(clips.targets(np.arange(len(clips))))
-    start = torch.zeros(x.shape[1] + 1, targets.shape[1], dtype=torch.float64)
     x = torch.from_numpy(x)
     mean, std = x.mean(dim=0), x.std(dim=0, correction=0) + 1e-6
-    weight = fit_logistic((x - mean) / std, targets, PROBE_L2, clips.multi_label, start)
+    weight = fit_logistic(((x - mean) / std).numpy(), clips.targets(np.arange(len(clips))), PROBE_L2, clips.multi_label)
     scaled = weight[1:] / std[:, None]                                      # for what is not standardised
     with torch.no_grad():
         classifier.head.weight.copy_(scaled.T)

@@ -18,7 +18,7 @@ from scoring.features import feature_batches, log_mel_statistics
 from scoring.probes import effective_rank, in_float64, knn_accuracy, linear_probe
 
 CLIPS = 2000                    # of the labelled set, at most
-PROBE_L2 = (0.1,)               # one strength: nothing is left to choose it on, and it takes little time
+PROBE_L2 = (0.1,)               # one strength, that it takes little time
 
 
 def labelled_clips(name, data_dir, seed, process):
@@ -82,8 +82,8 @@ def monitor(encoder, labelled, spectrum, process, autocast, workers):
 
 def read_off(x, t, train, valid, device='cpu'):
     """kNN and linear probe from features x of train to t of valid clips."""
-    targets = [part.targets(np.arange(len(part))) for part in (train, valid)]
-    logits, _ = linear_probe((x, targets[0]), (t, targets[1]), t, False, strengths=PROBE_L2, device=device)
+    targets = train.targets(np.arange(len(train)))
+    logits, _ = linear_probe((x, targets), t, False, strengths=PROBE_L2, device=device)
     return {'knn': knn_accuracy(x, train.label, t, valid.label, device=device),
             'probe': float((logits.argmax(axis=1) == valid.label).mean())}
 

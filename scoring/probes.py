@@ -4,9 +4,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from scoring.metrics import metrics
-
-PROBE_L2 = tuple(10.0 ** k for k in range(-5, 2))       # strengths that the linear probe chooses from
+PROBE_L2 = tuple(10.0 ** k for k in range(-5, 2))       # strengths that the linear probe chooses from,
+FIFTHS, MANY_CLIPS = 5, 10_000                          # on each fifth of the training clips; of more clips, on one
 BLOCK = 1 << 24                                         # numbers that are worked on at a time, of any number of clips
 
 
@@ -48,45 +47,82 @@ def effective_rank(features):
     return float(np.exp(-(share * np.log(share + 1e-12)).sum()))
 
 
-def linear_probe(train, valid, test, multi_label, strengths=PROBE_L2, title='', device='cpu'):
-    """Logistic regression on features standardised by the training part, its L2 strength chosen on the validation part.
+def linear_probe(train, test, multi_label, strengths=PROBE_L2, title='', device='cpu'):
+    """Logistic regression on features standardised by the training part. Its L2 strength has the least loss on fifths
+    of that part that are held out in turn (of many clips, on one); the loss, since of few clips accuracies tie.
 
-    train, valid: (features (N, d), targets (N, classes)); test: features; title: of a bar over the strengths, '': none
+    train: (features (N, d), targets (N, classes)); test: features; title: of a bar over the strengths, '': none
     -> logits (N, classes) of test, chosen strength
     """
-    x, v, t = map(torch.from_numpy, standardised(train[0], valid[0], test))
-    targets, best = torch.from_numpy(train[1]), None
-    weight = torch.zeros(x.shape[1] + 1, targets.shape[1], dtype=torch.float64, device=device)
-    # From the strongest: each starts where the last ended.
-    for strength in tqdm(strengths[::-1], desc=title, leave=False, disable=not title or None):
-        weight = fit_logistic(x, targets, strength, multi_label, weight)
-        scores, _ = metrics(outputs(v, weight), valid[1], multi_label)
-        score = scores['mAP' if multi_label else 'accuracy']
-        if best is None or score > best[0]:
-            best = score, strength, outputs(t, weight)
-    return best[2], best[1]
+    x, targets = train
+    strengths = sorted(strengths, reverse=True)                             # each fit starts where the last ended
+    losses = []
+    if len(strengths) > 1:
+        part = fifth_of_each_class(targets)
+        held_out = [part == k for k in range(FIFTHS if len(x) <= MANY_CLIPS else 1)]
+        folds = [(*in_span(*standardised(x[~valid], x[valid])), targets[~valid], targets[valid]) for valid in held_out]
+        weights = [None] * len(folds)
+        for strength in tqdm(strengths, desc=title, leave=False, disable=not title or None):
+            weights = [fit_logistic(x, y, strength, multi_label, weight, device)
+                       for weight, (x, _, y, _) in zip(weights, folds)]
+            losses.append(sum(mean_loss(outputs(v, weight), z, multi_label)
+                              for weight, (_, v, _, z) in zip(weights, folds)))
+            if len(losses) > 2 and losses[-1] > losses[-2] > losses[-3]:    # past its minimum
+                break
+        strengths = strengths[:losses.index(min(losses)) + 1]
+    x, test = in_span(*standardised(train[0], test))
+    weight = None
+    for strength in strengths:
+        weight = fit_logistic(x, targets, strength, multi_label, weight, device)
+    return outputs(test, weight), strengths[-1]
+
+
+def fifth_of_each_class(targets):
+    """(N,) 0 ... 4: which fifth of its class (of several labels, of its first) a clip is in."""
+    part = np.empty(len(targets), int)
+    part[targets.argmax(axis=1).argsort(kind='stable')] = np.arange(len(targets)) % FIFTHS
+    return part
+
+
+def in_span(x, *others):
+    """Features (N, d) of fewer clips than features in N coordinates of what the clips x span, others' part in it alike:
+    weights of least L2 lie in there, so that every fit and its outputs stay the same."""
+    if len(x) >= x.shape[1]:
+        return x, *others
+    basis, coordinates = np.linalg.qr(x.T.astype(np.float64))
+    return coordinates.T, *(part @ basis for part in others)
+
+
+def loss_of(multi_label):
+    return F.binary_cross_entropy_with_logits if multi_label else F.cross_entropy
+
+
+def mean_loss(logits, targets, multi_label):
+    return loss_of(multi_label)(torch.from_numpy(logits), torch.from_numpy(targets).double()).item()
 
 
 def outputs(x, weight):
     """Logits (N, classes) of features (N, d), in float64, a block at a time, on the device of the weight."""
-    return torch.cat([(part.to(weight) @ weight[1:] + weight[0]).cpu() for part in x.split(rows_of_block(x))]).numpy()
+    blocks = torch.from_numpy(x).split(rows_of_block(x))
+    return torch.cat([(part.to(weight) @ weight[1:] + weight[0]).cpu() for part in blocks]).numpy()
 
 
 def rows_of_block(x):
     return max(BLOCK // x.shape[1], 1)
 
 
-def fit_logistic(x, targets, strength, multi_label, start):
-    """Minimise mean loss + strength / 2 |W|^2 (bias free) by L-BFGS, in float64, on the device of start. -> (1 + d,
-    classes), bias first
+def fit_logistic(x, targets, strength, multi_label, start=None, device='cpu'):
+    """Minimise mean loss + strength / 2 |W|^2 (bias free) by L-BFGS from start, or zero, in float64.
 
-    No copy of x (N, d) in float64 is made if it is larger than a block.
+    x (N, d), targets (N, classes) -> (1 + d, classes), bias first. No copy of x in float64 is made if it is larger than
+    a block.
     """
+    x, targets, rows = torch.from_numpy(x), torch.from_numpy(targets), rows_of_block(x)
+    if start is None:
+        start = torch.zeros(x.shape[1] + 1, targets.shape[1], dtype=torch.float64, device=device)
     weight = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([weight], max_iter=300, tolerance_grad=1e-6, tolerance_change=1e-10,
                                   line_search_fn='strong_wolfe')
-    loss_of = F.binary_cross_entropy_with_logits if multi_label else F.cross_entropy
-    rows = rows_of_block(x)
     blocks = list(zip(x.split(rows) if len(x) > rows else [x.to(start)], targets.split(rows)))
 
     def closure():
@@ -94,7 +130,8 @@ def fit_logistic(x, targets, strength, multi_label, start):
         total = strength / 2 * weight[1:].square().sum()
         total.backward()
         for part, wanted in blocks:
-            loss = loss_of(part.to(start) @ weight[1:] + weight[0], wanted.to(start), reduction='sum') / len(x)
+            logits = part.to(start) @ weight[1:] + weight[0]
+            loss = loss_of(multi_label)(logits, wanted.to(start), reduction='sum') / len(x)
             loss.backward()                                                 # its logits go before the next block's come
             total = total.detach() + loss.detach()
         return total

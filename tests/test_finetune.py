@@ -117,10 +117,10 @@ def test_a_batch_without_labels_has_a_finite_loss():
 def test_a_loss_and_labels_that_do_not_go_together(argv, changes, words):
     clips = types.SimpleNamespace(**{'multi_label': False, 'classes': ['dog', 'cat'], **changes})
     with pytest.raises(ConfigError) as error:
-        finetune.check_labels(settings('--dataset=mine', *argv), clips)
+        finetune.check_labels(settings('--dataset=mine', *argv), clips, ['one'])
     assert all(word in str(error.value) for word in words)
     clips = types.SimpleNamespace(multi_label=False, classes=['dog', 'cat'])
-    finetune.check_labels(settings('--label_smoothing=0.1'), clips)
+    finetune.check_labels(settings('--label_smoothing=0.1'), clips, ['one'])
 
 
 def test_a_run_from_our_checkpoint(straight, pretrained):

@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 import torchaudio
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import average_precision_score
 from torchaudio.compliance import kaldi
 
 import data
@@ -40,7 +39,7 @@ from recipes import demo
 from scoring.features import features, log_mel_statistics
 from scoring.metrics import describe
 from scoring.monitor import labelled_clips, watch
-from scoring.probes import effective_rank, knn_accuracy, knn_scores, linear_probe
+from scoring.probes import PROBE_L2, effective_rank, knn_accuracy, knn_scores, linear_probe
 from tools import results
 
 from .conftest import ROOT, TINY, call
@@ -753,16 +752,12 @@ def right_by_knn(train, train_labels, test, test_labels, k=10, standardise=True)
     return right
 
 
-def scores_by_scikit_learn(parts, labels, strengths):
-    """{strength: (right on validation, right on test)} of logistic regression on features that are standardised by the
-    training part."""
-    mean, std = parts[0].mean(axis=0), parts[0].std(axis=0)
-    x, v, t = ((part.astype(np.float64) - mean) / (std + 1e-6) for part in parts)
-    found = {}
-    for strength in strengths:
-        fit = LogisticRegression(C=1 / (strength * len(x)), tol=1e-8, max_iter=5000).fit(x, labels[0])
-        found[strength] = (int((fit.predict(v) == labels[1]).sum()), int((fit.predict(t) == labels[2]).sum()))
-    return found
+def right_by_scikit_learn(x, labels, t, wanted, strength):
+    """Right on test, of logistic regression on features that are standardised by the training part."""
+    mean, std = x.mean(axis=0), x.std(axis=0)
+    x, t = ((part.astype(np.float64) - mean) / (std + 1e-6) for part in (x, t))
+    fit = LogisticRegression(C=1 / (strength * len(x)), tol=1e-8, max_iter=5000).fit(x, labels)
+    return int((fit.predict(t) == wanted).sum())
 
 
 @pytest.mark.parametrize('seed', [2])
@@ -770,9 +765,9 @@ def test_probes_see_the_sets_own_statistics_and_only_its_sound(sets, pretrained,
     """Reference: kaldi.fbank normalised by the probed set's training split (not by the checkpoint's statistics), the
     encoder clip by clip, a loop of nearest neighbours, scikit-learn; with few labels that the seed draws."""
     settings = configure(evaluation.__file__, [f'--ckpt={pretrained}', '--dataset=noises', f'--data_dir={sets.root}',
-                                               '--labels_per_class=8', f'--seed={seed}', '--validation_part=0.3',
+                                               '--labels_per_class=8', f'--seed={seed}',
                                                '--pool=cls,bands,mean'])
-    parts = task_splits('noises', sets.root, labels_per_class=8, seed=seed, validation_part=0.3)[:3]
+    parts = task_splits('noises', sets.root, labels_per_class=8, seed=seed)[0:3:2]
     values = training_values(sets, 'noises')
     loaded = open_checkpoint(pretrained)
     loaded.encoder.eval()
@@ -789,14 +784,12 @@ def test_probes_see_the_sets_own_statistics_and_only_its_sound(sets, pretrained,
     kinds = {**{pool: [part[pool] for part in encoded] for pool in encoded[0]},
              **{f'random weights, {pool}': [part[pool] for part in random] for pool in random[0]},
              'log-mel statistics': [np.array([[*x.mean(axis=0), *x.std(axis=0)] for x in part]) for part in mels]}
-    for kind, (x, v, t) in kinds.items():
-        assert found[kind]['kNN']['right'] == right_by_knn(x, labels[0], t, labels[2]), kind
+    for kind, (x, t) in kinds.items():
+        assert found[kind]['kNN']['right'] == right_by_knn(x, labels[0], t, labels[1]), kind
         scores = found[kind]['linear probe']
-        by_strength = scores_by_scikit_learn((x, v, t), labels, [1.0, 10.0])
-        if scores['l2'] in by_strength:                                     # the weaker converge slowly
-            assert scores['right'] == by_strength[scores['l2']][1], kind
-        assert scores['clips'] == len(labels[2])
-    assert any(found[kind]['linear probe']['l2'] >= 1.0 for kind in kinds) and found.keys() == kinds.keys()
+        assert scores['right'] == right_by_scikit_learn(x, labels[0], t, labels[1], scores['l2']), kind
+        assert scores['clips'] == len(labels[1])
+    assert found.keys() == kinds.keys()
 
 
 def test_the_seed_of_the_probe_draws_its_labels(sets, pretrained):
@@ -831,8 +824,7 @@ def test_the_monitor_uses_the_statistics_of_its_own_set(sets, monkeypatch):
     for pool in ('cls', 'bands'):
         right = right_by_knn(encoded[0][pool], train.label, encoded[1][pool], valid.label)
         assert found[{'cls': 'knn_cls', 'bands': 'knn'}[pool]] == pytest.approx(right / len(valid))
-    right = scores_by_scikit_learn([encoded[0]['bands'], encoded[1]['bands'], encoded[1]['bands']],
-                                   [train.label, valid.label, valid.label], [0.1])[0.1][1]
+    right = right_by_scikit_learn(encoded[0]['bands'], train.label, encoded[1]['bands'], valid.label, 0.1)
     assert found['probe'] == pytest.approx(right / len(valid))
     x, t = (np.array([[*mel.mean(axis=0), *mel.std(axis=0)] for mel in part]) for part in mels)
     assert found['noises_log_mel_knn'] == pytest.approx(right_by_knn(x, train.label, t, valid.label) / len(valid))
@@ -883,43 +875,44 @@ def test_ties_of_neighbours_go_to_the_closer_ones():
     assert knn_accuracy(train, labels, test[:3], wanted) == right_by_knn(train, labels, test[:3], wanted) / 3
 
 
-def test_the_probes_strength_is_chosen_on_validation_and_features_standardised_by_training():
-    """Reference: scikit-learn, on parts that prefer different strengths; fewer test clips score alike."""
+def test_the_probe_knows_nothing_of_the_test_clips():
+    """Reference: scikit-learn, on a test part that prefers another strength and varies less; fewer test clips score
+    alike."""
     rng, centres = np.random.default_rng(0), np.random.default_rng(6).standard_normal((3, 20))
-    labels = [rng.integers(3, size=n) for n in (60, 150, 150)]
-    parts = []
-    for label, spread in zip(labels, (2.0, 2.0, 0.7)):
-        parts.append((centres[label] + spread * rng.standard_normal((len(label), 20))).astype(np.float32))
-    parts = [part * np.logspace(-2, 2, 20).astype(np.float32) + 5 for part in parts]
-    strengths = [10.0 ** k for k in range(-5, 2)]
-    by_strength = scores_by_scikit_learn(parts, labels, strengths)
-    best = max(score for score, _ in by_strength.values())
-    want = max(strength for strength, (score, _) in by_strength.items() if score == best)   # of equals the strongest
-    assert by_strength[want][1] != max(score for _, score in by_strength.values())          # test would choose another
-    assert want == max(strengths)                                           # and training a weaker one
-    logits, strength = linear_probe((parts[0], np.eye(3)[labels[0]]), (parts[1], np.eye(3)[labels[1]]), parts[2], False)
-    assert strength == want and int((logits.argmax(axis=1) == labels[2]).sum()) == by_strength[want][1]
-    few, _ = linear_probe((parts[0], np.eye(3)[labels[0]]), (parts[1], np.eye(3)[labels[1]]), parts[2][:9], False)
+    labels = [rng.integers(3, size=n) for n in (60, 150)]
+    x, t = ((centres[label] + spread * rng.standard_normal((len(label), 20))) * np.logspace(-2, 2, 20) + 5
+            for label, spread in zip(labels, (2.0, 0.7)))
+    x, t, targets = x.astype(np.float32), t.astype(np.float32), np.eye(3)[labels[0]]
+    logits, strength = linear_probe((x, targets), t, False)
+    right = {s: right_by_scikit_learn(x, labels[0], t, labels[1], s) for s in PROBE_L2}
+    assert int((logits.argmax(axis=1) == labels[1]).sum()) == right[strength] != max(right.values())
+    few, _ = linear_probe((x, targets), t[:9], False)
     np.testing.assert_allclose(few, logits[:9], rtol=1e-6)                  # a clip's score is its own
 
 
 def test_the_probe_of_several_labels_a_clip():
-    """Reference: a regression of scikit-learn for every class, the strength by its mean average precision."""
+    """Reference: a regression of scikit-learn for every class, the strength by the mean loss of held-out fifths."""
     rng, weight = np.random.default_rng(8), np.random.default_rng(9).standard_normal((12, 4))
-    x, v, t = (rng.standard_normal((n, 12)).astype(np.float32) for n in (80, 60, 60))
-    targets = [(part @ weight + 2 * rng.standard_normal((len(part), 4)) > 0.8).astype(np.float32) for part in (x, v, t)]
-    mean, std = x.mean(axis=0), x.std(axis=0)
-    x1, v1, t1 = ((part - mean) / std for part in (x, v, t))
-    scores, logits = {}, {}
-    for strength in [10.0 ** k for k in range(-5, 2)]:
-        fits = [LogisticRegression(C=1 / (strength * 80), tol=1e-8, max_iter=5000).fit(x1, targets[0][:, c])
-                for c in range(4)]
-        scores[strength] = np.mean([average_precision_score(targets[1][:, c], fit.decision_function(v1))
-                                    for c, fit in enumerate(fits)])
-        logits[strength] = np.stack([fit.decision_function(t1) for fit in fits], axis=1)
-    got, strength = linear_probe((x, targets[0]), (v, targets[1]), t, True)
-    assert strength == max(scores, key=lambda strength: scores[strength])
-    np.testing.assert_allclose(got, logits[strength], atol=1e-2)
+    x, t = (rng.standard_normal((n, 12)).astype(np.float32) for n in (80, 60))
+    targets = (x @ weight + 2 * rng.standard_normal((80, 4)) > 0.8).astype(np.float32)
+    first = targets.argmax(axis=1)                                          # of a clip's labels; 0 if it has none
+    part = np.empty(80, int)
+    for label in range(4):
+        part[first == label] = (np.arange((first == label).sum()) + (first < label).sum()) % 5
+
+    def fitted(x, targets, strength, others):
+        mean, std = x.mean(axis=0), x.std(axis=0)
+        fits = [LogisticRegression(C=1 / (strength * len(x)), tol=1e-8, max_iter=5000).fit((x - mean) / std, of_class)
+                for of_class in targets.T]
+        return np.stack([fit.decision_function((others - mean) / std) for fit in fits], axis=1)
+
+    def loss(k, strength):
+        logits, wanted = fitted(x[part != k], targets[part != k], strength, x[part == k]), targets[part == k]
+        return (np.log1p(np.exp(logits)) - wanted * logits).mean()
+    losses = {strength: sum(loss(k, strength) for k in range(5)) for strength in PROBE_L2}
+    got, strength = linear_probe((x, targets), t, True)
+    assert strength == min(losses, key=losses.get) and strength not in (PROBE_L2[0], PROBE_L2[-1])
+    np.testing.assert_allclose(got, fitted(x, targets, strength, t), atol=1e-2)
 
 
 def test_the_baseline_is_over_a_clips_real_frames(sets):

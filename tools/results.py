@@ -35,7 +35,7 @@ ckpt = 'out/real/ckpt.pt'               # the pre-trained checkpoint, or one for
 out_dir = 'out/results'                 # one folder per run goes here
 data_dir = 'data'                       # prepared demo, fsdd, wakewords and esc10
 arms = 'pretrained,scratch,probes'      # what to run
-tasks = 'main'                          # on which tasks: main, or labels (how few labels do)
+tasks = 'main'                          # on which tasks: main, labels (how few labels do) or folds (of ESC-10)
 pool = 'bands'                          # features that the probes see: bands, mean, cls, or several
 seeds = 3                               # seeds per task: other labels, other random numbers
 jobs = 2                                # runs at a time, one CPU thread each
@@ -54,6 +54,7 @@ LABELS = {
         ([f'config/finetune_{name}.py', f'--labels_per_class={number}'], updates)
     for title, name, updates in (('FSDD', 'fsdd', 300), ('wakewords', 'wakewords', 200))
     for number in (1, 5, 10, 50, 0)}
+FOLDS = {f'ESC-10, fold {fold}': (['config/finetune_esc10.py', f'--fold={fold}'], 200) for fold in range(1, 6)}
 ONE_AT_A_TIME = threading.Lock()         # Python's parser of Python (ast) fails now and then in several threads
 ARMS = {'pretrained': [], 'scratch': ['--init=scratch']}                # further arguments of finetune.py
 LEARNING_RATES, LENGTHS = (2e-3, 1e-3, 5e-4), (1, 3)                    # to choose from; multiples of the updates
@@ -61,7 +62,7 @@ LEARNING_RATES, LENGTHS = (2e-3, 1e-3, 5e-4), (1, 3)                    # to cho
 
 def finetune(settings, task, arm, lr, length, seed):
     """Run one finetune.py command to its end, or find it finished -> (validation accuracy, test scores) of its best."""
-    (config, *arguments), updates = (TASKS | LABELS)[task]
+    (config, *arguments), updates = (TASKS | LABELS | FOLDS)[task]
     ckpt = settings.ckpt[seed - 1]
     arguments = [os.path.join(ROOT, config), *arguments, *ARMS[arm], f'--ckpt={ckpt}',
                  f'--data_dir={settings.data_dir}', f'--lr={lr}',
@@ -118,7 +119,7 @@ def tuned(settings, task, arm, pool):
 
 def probes(settings, task):
     """{probe and features: [test scores of each seed]}"""
-    (config, *arguments), _ = (TASKS | LABELS)[task]
+    (config, *arguments), _ = (TASKS | LABELS | FOLDS)[task]
     how, found = configured([os.path.join(ROOT, config), *arguments]), {}
     where = processes.provenance(processes.start('cpu'))
     for seed in range(1, settings.seeds + 1):
@@ -169,7 +170,7 @@ def run(argv):
     configurator.check_ranges(settings, seeds=(1, 1000), jobs=(1, 1000))
     if not set(settings.arms.split(',')) <= {*ARMS, 'probes'}:
         raise ConfigError(f'arms = {settings.arms!r} must be of {", ".join(ARMS)}, probes')
-    chosen = {'main': TASKS, 'labels': LABELS}
+    chosen = {'main': TASKS, 'labels': LABELS, 'folds': FOLDS}
     if settings.tasks not in chosen:
         raise ConfigError(f'tasks = {settings.tasks!r} is none of {", ".join(chosen)}')
     if not settings.show:
