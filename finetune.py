@@ -83,8 +83,6 @@ threads = 0                     # CPU threads of one process; 0: PyTorch's choic
 deterministic = False           # the same bits in every run on a GPU too, at some cost (on a CPU they always are)
 other_data = False              # go on although the data are not those that the run began with
 
-FREE_SETTINGS = ('out_dir', 'resume', 'overwrite', 'other_data', 'max_bad_steps', 'data_dir', 'ckpt', 'log_interval',
-                 'save_interval', 'keep', 'workers', 'accumulate', 'loggers')
 HEAD_CHOICES = ('cls_position', 'pooling')      # fields of ASDAConfig that fine-tuning may change (Table 2)
 
 
@@ -221,7 +219,7 @@ def update(model, optimizer, step, settings):
 def train(settings, process, stop=None):
     """One fine-tuning run -> {'best': scores, 'last': scores} on the test split; None if a signal ended it. stop: who
     watches for signals, if somebody does already."""
-    with running.Run(settings, process, FREE_SETTINGS, report, stop) as run:
+    with running.Run(settings, process, ranges.FREE_IN_FINETUNE, report, stop) as run:
         clips, valid, test, whole = task_splits(
             settings.dataset, settings.data_dir, settings.fold, settings.labels_per_class, settings.seed,
             settings.validation_part, settings.test_dataset)

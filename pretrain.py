@@ -24,7 +24,8 @@ from engine import run as running
 from engine.errors import ROOT, ConfigError, RunError
 from fast import forms
 from model import ASDA, ASDAConfig, count_parameters, n_kept
-from scoring.monitor import conclude, labelled_clips, watch
+from scoring.monitor import labelled_clips, watch
+from tools.learned import conclude
 
 out_dir = 'out/pretrain'        # checkpoints and log.jsonl go here
 resume = False                  # go on with the run in out_dir
@@ -75,10 +76,6 @@ threads = 0                     # CPU threads of one process; 0: PyTorch's choic
 deterministic = False           # the same bits in every run on a GPU too, at some cost (on a CPU they always are)
 other_data = False              # go on although the data are not those that the run began with
 
-# Settings that may differ when a run goes on, since they do not change its numbers.
-FREE_SETTINGS = ('out_dir', 'resume', 'overwrite', 'other_data', 'min_target_var', 'max_bad_steps', 'data_dir',
-                 'eval_dataset', 'eval_interval', 'log_interval', 'save_interval', 'keep', 'workers', 'accumulate',
-                 'kernels', 'loggers')
 COMPILE_MODES = {'default': False, 'reduce-overhead': True, 'max-autotune-no-cudagraphs': False,
                  'max-autotune': True}                      # whether they record CUDA graphs
 MODEL_SETTINGS = os.path.join(ROOT, 'model.py'), 'ASDAConfig'
@@ -206,7 +203,7 @@ def train(settings):
     process = processes.start(settings.device, settings.threads, settings.deterministic)
     check(settings, process.world)
     config = model_config(settings)
-    with running.Run(settings, process, FREE_SETTINGS, report) as run:
+    with running.Run(settings, process, ranges.FREE_IN_PRETRAIN, report) as run:
         clips = training_clips(settings, process)
         labelled = labelled_clips(settings.eval_dataset, settings.data_dir, settings.seed, process)
         spectrum = spectrum_of(clips, config, settings)

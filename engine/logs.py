@@ -103,6 +103,22 @@ def last_logged(out_dir, key, step):
     return found
 
 
+def history(out_dir, name):
+    """What a run's log.jsonl says, over all its starts -> {measure: {step: value}}, scores being those on the labelled
+    set of that name; what the weights of step 0 are, in words."""
+    found, scored_on, began = {}, None, None
+    for line in lines_of(out_dir):
+        if 'settings' in line:
+            scored_on = line['settings'].get('eval_dataset')
+            began = began or (f'the weights of {line["settings"]["init"]}' if line['settings'].get('init') else
+                              'random weights')
+        if 'step' in line and (scored_on == name or 'chance' not in line):
+            for measure, value in line.items():
+                if isinstance(value, int | float):                          # null: it was not finite
+                    found.setdefault(measure, {})[line['step']] = value
+    return found, began
+
+
 def duration(seconds):
     """'2d 3h', '3h 12m', '5m 20s' or '45s'"""
     seconds = int(seconds)

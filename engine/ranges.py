@@ -1,4 +1,4 @@
-"""What settings may be: {name: (lowest, highest)} with both included, and {name: allowed words}."""
+"""What settings may be: {name: (lowest, highest)} with both included, {name: allowed words}, names of free ones."""
 import dataclasses
 
 from engine.errors import ConfigError
@@ -25,6 +25,12 @@ PRETRAIN = {**RUN, 'norm_mean': (-100, 100), 'norm_std': (1e-3, 100), 'grad_clip
 FINETUNE = {**RUN, 'min_lr': (0, 1e30), 'layer_decay': (0, 1), 'labels_per_class': (0, 1e9), 'mixup': (0, 1e3),
             'mixup_probability': (0, 1), 'input_mask': (0, 1), 'label_smoothing': (0, 1), 'validation_part': (0, 1),
             'frames': (0, 1e6), 'epoch_clips': (1, 1e9), 'eval_interval': (1, 1e9)}
+
+# Settings that may differ when a run goes on, since they do not change its numbers.
+FREE_IN_RUN = ('out_dir', 'resume', 'overwrite', 'other_data', 'max_bad_steps', 'data_dir', 'log_interval',
+               'save_interval', 'keep', 'workers', 'accumulate', 'loggers')
+FREE_IN_PRETRAIN = *FREE_IN_RUN, 'min_target_var', 'eval_dataset', 'eval_interval', 'kernels'
+FREE_IN_FINETUNE = *FREE_IN_RUN, 'ckpt'
 
 
 def check_model(config):

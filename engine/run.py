@@ -1,7 +1,7 @@
 """What pretrain.py and finetune.py share around their loops: a run's folder, its checkpoints and log, precision,
 signals, and the numbers of a step, which come late from a GPU.
 
-    with Run(settings, process, FREE_SETTINGS, report) as run:
+    with Run(settings, process, FREE_IN_PRETRAIN, report) as run:
         autocast = run.precision(width)
         ...
         run.load(model, optimizer, spectrum, fingerprint)

@@ -21,7 +21,7 @@ from engine import processes
 from fast import forms
 from model import ASDA, ASDAConfig
 from tools import authors_arrangement as authors
-from tools import bench, everything, measuring
+from tools import bench, everything, measuring, sections
 
 from .conftest import ROOT, TINY, call, is_one_line_error
 
@@ -158,7 +158,7 @@ def test_flops_are_those_that_pytorch_counts(changes, monkeypatch):
     variances by matmul, which are no part of the training."""
     monkeypatch.setattr(model_file, 'masked_variance', lambda x, weight: x.flatten(0, -2).var(dim=0), raising=False)
     config = ASDAConfig(**{**SMALL, **changes, 'decoder_groups': 1})
-    parts = bench.flops(config)
+    parts = sections.flops(config)
     model, (spec, mask, noise) = ASDA(config).double(), inputs(config, torch.float64)
     monkeypatch.setattr(forms, 'MAX_MAP', 0)            # as on a GPU: a fused call, which multiplies V with either map
     forms.apply(model, ['fused'])
@@ -182,7 +182,7 @@ def test_flops_of_grouped_convolutions():
     with FlopCounterMode(display=False) as counter:
         model(spec, mask, noise)
     counted = counter.get_flop_counts()['Global'][torch.ops.aten.convolution]
-    parts = bench.flops(config)
+    parts = sections.flops(config)
     assert counted == 2 * (2 * parts['teacher patch embedding'] + parts['decoder convolutions'] // 3)
 
 
@@ -192,7 +192,7 @@ def test_peaks_by_name():
                               ('NVIDIA L40S', 'float32', 91.6e12), ('Tesla V100-SXM2-16GB', 'bfloat16', None),
                               ('NVIDIA GeForce RTX 4090 Laptop GPU', 'float32', None), ('AMD EPYC', 'float32', None),
                               ('NVIDIA H100 80GB HBM3 MIG 1g.10gb', 'bfloat16', None)):
-        assert bench.peak_flops(name, dtype) == peak, name
+        assert measuring.peak_flops(name, dtype) == peak, name
 
 
 def finite_and_positive(figures, prefix=''):
@@ -204,7 +204,7 @@ def finite_and_positive(figures, prefix=''):
     return True
 
 
-@pytest.mark.parametrize('section', [*bench.SECTIONS])
+@pytest.mark.parametrize('section', [*sections.SECTIONS])
 def test_every_section_measures(section, tmp_path):
     path = tmp_path / 'new' / 'figures.json'
     result = call(bench.run, *SHORT, f'--what={section}', f'--json={path}')
@@ -328,7 +328,7 @@ def test_a_profile_is_a_trace(tmp_path):
 def test_config_files_of_pretraining_serve_as_they_are(config):
     settings = bench.configure([os.path.join(ROOT, 'config', config)])
     assert settings.dataset == '' and pretrain.model_config(settings).frames == settings.frames
-    assert bench.check(settings, processes.Process(0, 1, torch.device('cpu'))) == list(bench.SECTIONS)[:-1]
+    assert bench.check(settings, processes.Process(0, 1, torch.device('cpu'))) == list(sections.SECTIONS)[:-1]
 
 
 def test_defaults_depend_on_the_device(monkeypatch):

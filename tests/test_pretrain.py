@@ -26,7 +26,7 @@ from engine import processes, saving
 from engine.errors import ConfigError, DataError, RunError
 from fast import kernels
 from scoring import monitor
-from tools import bench
+from tools import bench, learned
 
 from .conftest import ROOT, TINY, call, is_one_line_error, script
 from .test_prepare import fsdd_files, zipped
@@ -496,7 +496,7 @@ def test_monitor_and_next_step(data_dir, tmp_path):
     assert '; 4 x 8 patches, 6 of them kept by each of 2 students\n' in result.out
     assert f'next:    python eval.py --ckpt={tmp_path}/out/ckpt.pt --dataset=demo ' in result.out
     assert f'         python finetune.py config/finetune_demo.py --ckpt={tmp_path}/out/ckpt.pt' in result.out
-    other = monitor.what_next(settings('--eval_dataset=noises', f'--data_dir={data_dir}', '--out_dir=x'))
+    other = learned.what_next(settings('--eval_dataset=noises', f'--data_dir={data_dir}', '--out_dir=x'))
     assert other == 'next:    python eval.py --ckpt=x/ckpt.pt --dataset=noises      # kNN and linear probe'
 
 
@@ -523,14 +523,14 @@ def test_what_was_learned_is_what_the_log_says(tmp_path, end, words):
             {'step': 5, 'loss': 9.0, 'content': 0.1, 'place': 0.2}, {'settings': {'eval_dataset': 'x'}, 'start': 5},
             {'step': 6, 'loss': 3.0, 'content': content, 'place': 0.742},
             *([{'step': 6, 'chance': 0.12, **end}] if end else []))))
-        return monitor.what_was_learned(str(tmp_path), 'x')
+        return learned.what_was_learned(str(tmp_path), 'x')
     start, first = {'settings': {'eval_dataset': 'x'}, 'start': 0}, {'step': 0, **LOG}
     log_mel = {'step': 0, 'x_log_mel_probe': 0.4, 'x_log_mel_knn': 0.45}
     said, is_scored = lines_of(start, log_mel, first)
     assert said[0] == ('learned: the place of a patch tells 74.2% of what the teacher says of it; of the rest the '
                        'students predict 45.7% (0%: the place alone)')
     assert said[1:] == [9 * ' ' + line for line in words] and is_scored == bool(end)
-    assert monitor.what_was_learned(str(tmp_path), '')[0] == said[:1]       # without a set: what needs none
+    assert learned.what_was_learned(str(tmp_path), '')[0] == said[:1]       # without a set: what needs none
     other, _ = lines_of({**start, 'settings': {'eval_dataset': 'y'}}, first, content=None)
     assert 'random weights' not in ' '.join(other) and not any('teacher' in line for line in other)
     begun, _ = lines_of({**start, 'settings': {'eval_dataset': 'x', 'init': 'a.pt'}}, first)

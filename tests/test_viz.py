@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pretrain
-from scoring import monitor
+from engine import logs
 from tools import viz
 
 from .conftest import TINY, call, is_one_line_error, write_wav
@@ -92,7 +92,7 @@ def test_neighbours_of_a_run_are_signed_by_their_class(data_dir, tmp_path, monke
         assert f'3 held-out demo clips {0 if turned else 9} are' in said
         probe = course.axes[2]
         assert [line.get_linestyle() for line in probe.lines] == ['-', '--', ':']
-        scores = monitor.history(out, 'demo')[0]
+        scores = logs.history(out, 'demo')[0]
         assert list(probe.lines[0].get_ydata()) == pytest.approx([100 * scores['probe'][step] for step in (0, 2)])
         assert set(probe.lines[2].get_ydata()) == {100 * scores['demo_log_mel_probe'][0]}
 

@@ -21,9 +21,9 @@ from engine.errors import ROOT, ConfigError
 from engine.files import replacing
 from engine.machine import cores
 from fast import forms, kernels
-from tools.bench import SECTIONS, TARGETS, configure, in_words, training_step, write_json
-from tools.measuring import Bench, shown
+from tools.measuring import Bench, in_words, shown, write_json
 from tools.reference import read_log
+from tools.sections import SECTIONS, TARGETS, training_step
 
 DEMO = os.path.join(ROOT, 'config', 'demo.py')
 SPARE = 0.95                    # of a GPU's memory, to find the largest batch: the allocator needs some for itself
@@ -93,7 +93,8 @@ def measure_pretraining(bench):
     settings = bench.settings
     here = [DEMO, f'--device={bench.process.device.type}', f'--threads={settings.threads}', '--workers=0',
             f'--kernels={settings.kernels}']
-    demo = Bench(configure(here).but(steps=settings.steps, warmup=settings.warmup), bench.process)
+    demo = vars(configurator.configure(pretrain.__file__, here, pretrain.MODEL_SETTINGS)) | {'dataset': ''}
+    demo = Bench(settings.but(**demo), bench.process)
     seconds = demo.seconds('pre-training', step=training_step(demo))['step']
     updates = max(int(settings.pretraining_seconds / seconds), 10)
     with tempfile.TemporaryDirectory() as folder:

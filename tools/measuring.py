@@ -19,6 +19,7 @@ import pretrain
 from audio import N_MELS, SAMPLE_RATE, WINDOWS, frames_in
 from audio.clips import FORMAT_VERSION, open_clips
 from engine import processes
+from engine.files import replacing
 
 CLASSES = 50                    # of synthetic labels, as ESC-50's
 
@@ -122,3 +123,13 @@ def noise_pcm(clips, samples):
     """(clips, samples) int16 of white noise, and lengths (clips,)"""
     pcm = torch.randint(-3000, 3000, (clips, samples), generator=torch.Generator().manual_seed(0), dtype=torch.int16)
     return pcm, torch.full((clips,), samples)
+
+
+def in_words(where):
+    return '  '.join(f'{name} {value}' for name, value in where.items() if value != '')
+
+
+def write_json(settings, where, figures, **more):
+    if settings.json:
+        with replacing(settings.json) as f:
+            dump({**where, 'settings': vars(settings), 'figures': figures, **more}, f, indent=1)

@@ -14,14 +14,13 @@ from engine import processes
 from engine.errors import ConfigError, DataError
 from engine.files import replacing
 from engine.logs import as_line, lines_of, log_of
-from finetune import FREE_SETTINGS as FREE_IN_FINETUNING
-from pretrain import FREE_SETTINGS
+from engine.ranges import FREE_IN_FINETUNE, FREE_IN_PRETRAIN
 
 log = ''                # the log.jsonl, or its folder; may stand without its name
 out = ''                # the thinned log, NAME.jsonl
 max_kb = 50             # its size at most
 
-FREE = {*FREE_SETTINGS, *FREE_IN_FINETUNING} - {'kernels', 'ckpt'}          # settings that change no number
+FREE = {*FREE_IN_PRETRAIN, *FREE_IN_FINETUNE} - {'kernels', 'ckpt'}          # settings that change no number
 LOCAL = 'out_dir', 'data_dir', 'resume', 'overwrite'
 PROVENANCE = 'torch', 'python', 'device', 'processes', 'threads', 'commit'
 UNKEPT = 'seconds_left', 'time'

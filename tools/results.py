@@ -27,6 +27,7 @@ from audio.clips import task_splits
 from engine import processes
 from engine.errors import ROOT, ConfigError, RunError
 from engine.files import replacing
+from engine.ranges import FREE_IN_FINETUNE
 from scoring.metrics import describe
 from scoring.outputs import check_output
 from tools.stages import log_lines, to_its_end
@@ -95,7 +96,7 @@ def identity(how, checkpoint):
     (named after it), the clips and labels of every part, all settings but those that change no number."""
     parts = task_splits(how.dataset, how.data_dir, how.fold, how.labels_per_class, how.seed, how.validation_part,
                         how.test_dataset)
-    named = {name: value for name, value in vars(how).items() if name not in tuning.FREE_SETTINGS}
+    named = {name: value for name, value in vars(how).items() if name not in FREE_IN_FINETUNE}
     content = [os.path.basename(checkpoint), [clips.fingerprint() for clips in parts], sorted(named.items())]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 

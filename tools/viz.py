@@ -21,7 +21,6 @@ import torch.nn.functional as F
 
 import configurator
 import data
-import pretrain
 from audio import SAMPLE_RATE, frames_in
 from audio.clips import open_clips, open_test, read_meta
 from audio.decoding import decode_file
@@ -29,9 +28,10 @@ from checkpoints.opening import open_checkpoint
 from engine import processes
 from engine.errors import CheckpointError, ConfigError, DataError
 from engine.files import replacing
-from engine.logs import log_of
+from engine.logs import history, log_of
+from engine.randomness import torch_random
 from scoring.features import features
-from scoring.monitor import history, labelled_clips
+from scoring.monitor import labelled_clips
 from scoring.probes import standardised
 from tools.embeddings import clips_of, load
 from tools.reference import read_log, where_they_part, with_paths
@@ -125,6 +125,12 @@ def some_clips(settings):
     return found.select(np.sort(chosen))
 
 
+def first_masks(settings, config, clips):
+    """(clips, n_students, P) bool, True = masked: what the seed draws first"""
+    return data.block_masks(clips, config.n_students, config.grid, config.mask_ratio, config.mask_block,
+                            torch_random('cpu', settings.seed, 'mask', 0), config.mask_adjust)
+
+
 def energies(spec, config):
     """(B, frames, 128) -> (B, P) mean of every patch"""
     return F.avg_pool2d(spec, (config.patch_frames, config.patch_size)).flatten(1)
@@ -143,7 +149,7 @@ def draw_masks(settings, plt):
     """A clip, and the patches that each of its students sees of it."""
     model, spectrum = open_asda(settings.ckpt)
     config, (spec,) = model.config, log_mels(named_sound(settings), spectrum)
-    (mask,) = pretrain.masks(settings.but(batch_size=1), config, 0, 'cpu')              # (n, P), True = masked
+    (mask,) = first_masks(settings, config, 1)                               # (n, P), True = masked
     columns = 4
     rows = 1 + -(-config.n_students // columns)
     figure = plt.figure(figsize=(WIDE, 0.95 * rows + 0.5))
@@ -248,7 +254,7 @@ def draw_targets(settings, plt):
     model, spectrum = open_asda(settings.ckpt)
     config, spec = model.config, log_mels(some_clips(settings), spectrum)
     shown = int(energies(spec, config).var(dim=1).argmax())                 # a clip with loud and quiet patches
-    mask = pretrain.masks(settings.but(batch_size=len(spec)), config, 0, 'cpu')[shown]      # (n, P)
+    mask = first_masks(settings, config, len(spec))[shown]                  # (n, P)
     with torch.inference_mode():
         target, _ = model.targets(spec)                                     # (B, P, D)
         keep = (~mask).nonzero()[:, 1].view(config.n_students, -1)
