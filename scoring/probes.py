@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 PROBE_L2 = tuple(10.0 ** k for k in range(-5, 2))       # strengths that the linear probe chooses from,
-FIFTHS, MANY_CLIPS = 5, 10_000                          # on each fifth of the training clips; of more clips, on one
+FIFTHS, MANY_CLIPS = 5, 1_000                           # on each fifth of the training clips; of more clips, on one
 BLOCK = 1 << 24                                         # numbers that are worked on at a time, of any number of clips
 
 
