@@ -48,33 +48,36 @@ def effective_rank(features):
 
 
 def linear_probe(train, test, multi_label, strengths=PROBE_L2, title='', device='cpu'):
-    """Logistic regression on features standardised by the training part. Its L2 strength has the least loss on fifths
-    of that part that are held out in turn (of many clips, on one); the loss, since of few clips accuracies tie.
+    """Logistic regression on features standardised by the training part, of the L2 strength that best_strength chooses.
 
     train: (features (N, d), targets (N, classes)); test: features; title: of a bar over the strengths, '': none
     -> logits (N, classes) of test, chosen strength
     """
-    x, targets = train
     strengths = sorted(strengths, reverse=True)                             # each fit starts where the last ended
-    losses = []
     if len(strengths) > 1:
-        part = fifth_of_each_class(targets)
-        held_out = [part == k for k in range(FIFTHS if len(x) <= MANY_CLIPS else 1)]
-        folds = [(*in_span(*standardised(x[~valid], x[valid])), targets[~valid], targets[valid]) for valid in held_out]
-        weights = [None] * len(folds)
-        for strength in tqdm(strengths, desc=title, leave=False, disable=not title or None):
-            weights = [fit_logistic(x, y, strength, multi_label, weight, device)
-                       for weight, (x, _, y, _) in zip(weights, folds)]
-            losses.append(sum(mean_loss(outputs(v, weight), z, multi_label)
-                              for weight, (_, v, _, z) in zip(weights, folds)))
-            if len(losses) > 2 and losses[-1] > losses[-2] > losses[-3]:    # past its minimum
-                break
-        strengths = strengths[:losses.index(min(losses)) + 1]
-    x, test = in_span(*standardised(train[0], test))
-    weight = None
+        best = best_strength(*train, multi_label, strengths, title, device)
+        strengths = strengths[:strengths.index(best) + 1]
+    (x, test), weight = in_span(*standardised(train[0], test)), None
     for strength in strengths:
-        weight = fit_logistic(x, targets, strength, multi_label, weight, device)
+        weight = fit_logistic(x, train[1], strength, multi_label, weight, device)
     return outputs(test, weight), strengths[-1]
+
+
+def best_strength(x, targets, multi_label, strengths, title, device):
+    """Of L2 strengths, in falling order, that with the least loss on fifths of the clips that are held out in turn; of
+    many clips, on one fifth. The loss, since accuracies of few clips tie."""
+    part, losses = fifth_of_each_class(targets), []
+    held_out = [part == k for k in range(FIFTHS if len(x) <= MANY_CLIPS else 1)]
+    folds = [(*in_span(*standardised(x[~valid], x[valid])), targets[~valid], targets[valid]) for valid in held_out]
+    weights = [None] * len(folds)
+    for strength in tqdm(strengths, desc=title, leave=False, disable=not title or None):
+        weights = [fit_logistic(x, y, strength, multi_label, weight, device)
+                   for weight, (x, _, y, _) in zip(weights, folds)]
+        losses.append(sum(mean_loss(outputs(v, weight), z, multi_label)
+                          for weight, (_, v, _, z) in zip(weights, folds)))
+        if len(losses) > 2 and losses[-1] > losses[-2] > losses[-3]:        # past its minimum
+            break
+    return strengths[losses.index(min(losses))]
 
 
 def fifth_of_each_class(targets):
