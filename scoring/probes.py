@@ -67,7 +67,7 @@ def best_strength(x, targets, multi_label, strengths, title, device):
     """Of L2 strengths, in falling order, that with the least loss on fifths of the clips that are held out in turn; of
     many clips, on one fifth. The loss, since accuracies of few clips tie."""
     part, losses = fifth_of_each_class(targets), []
-    held_out = [part == k for k in range(FIFTHS if len(x) <= MANY_CLIPS else 1)]
+    held_out = [part == k for k in range(min(FIFTHS, len(x)) if len(x) <= MANY_CLIPS else 1) if len(x) > 1]
     folds = [(*in_span(*standardised(x[~valid], x[valid])), targets[~valid], targets[valid]) for valid in held_out]
     weights = [None] * len(folds)
     for strength in tqdm(strengths, desc=title, leave=False, disable=not title or None):

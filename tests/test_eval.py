@@ -232,6 +232,14 @@ def test_probe_chooses_its_strength_by_cross_validation(clips, width, monkeypatc
     assert (logits.argmax(1) == fit.predict(t)).mean() > 0.995
 
 
+@pytest.mark.parametrize('clips', [1, 2, 3, 7])
+def test_probe_of_very_few_clips(clips):
+    """A clip a class or less: no fifth is empty, and what nothing can choose is the strongest."""
+    (x, y), (t, _) = blobs(0, clips), blobs(2, 5)
+    logits, strength = linear_probe((x, np.eye(4, dtype=np.float32)[y]), t, False)
+    assert np.isfinite(logits).all() and (strength in PROBE_L2 if clips > 1 else strength == max(PROBE_L2))
+
+
 def test_effective_rank():
     rng = np.random.default_rng(0)
     assert effective_rank(np.outer(rng.standard_normal(500), rng.standard_normal(8))) == pytest.approx(
