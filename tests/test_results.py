@@ -10,7 +10,7 @@ import torch
 
 from tools import results, stages
 
-from .conftest import call, is_one_line_error
+from .conftest import ROOT, call, is_one_line_error
 from .test_finetune import RUN as FINETUNE
 from .test_finetune import pretrained  # noqa: F401  (a fixture)
 
@@ -164,6 +164,16 @@ def test_cells_hold_mean_spread_and_counts():
     assert results.table({'a': {'x': scores[:1]}, 'b': {'y': scores[:1]}}).splitlines() == [
         '| | x | y | mean |', '|---|---|---|---|', '| a | 81.2 % (65 of 80) |  | 81.2 |',
         '| b |  | 81.2 % (65 of 80) | 81.2 |']
+
+
+def test_every_task_is_a_command_that_finetune_takes():
+    found = {}
+    for task, ((config, *arguments), updates) in (results.TASKS | results.LABELS | results.FOLDS).items():
+        how = results.configured([os.path.join(ROOT, config), *arguments])
+        assert how.max_steps == updates, task
+        found[task] = how.dataset, how.fold, how.labels_per_class
+    assert [found[task] for task in results.FOLDS] == [('esc10', str(fold), 0) for fold in range(1, 6)]
+    assert found['FSDD, unheard speaker'] == ('fsdd', 'theo', 0) and found['wakewords, 50'] == ('wakewords', '', 50)
 
 
 @pytest.mark.parametrize('argv, word', [(['--arms=all'], 'arms'), (['--tasks=all'], 'tasks'), (['--jobs=0'], 'jobs'),
