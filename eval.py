@@ -36,7 +36,7 @@ ckpt = ''                   # the checkpoint
 dataset = ''                # a prepared set; default for a fine-tuned checkpoint: the one it was tuned on
 data_dir = 'data'           # where prepared sets are
 fold = ''                   # test on this fold of the set; '': on its test split (fine-tuned: as it was tuned)
-labels_per_class = 0        # probe: train on so many labels of each class; 0: all of the training split
+labels_per_class = 0        # probe: train on so many labels of each class (of nine tenths); 0: all there are
 seed = 1                    # which labels, if there are few
 wav = ''                    # audio files to classify or embed, or folders of them, separated by commas; a comma in a
                             # name is one if the file with it exists
@@ -113,7 +113,7 @@ def probe_pretrained(loaded, settings, process, autocast):
     split: log-mel statistics, and the same encoder with random weights. -> {features: {probe: scores}}"""
     if not settings.dataset:
         raise ConfigError('a pre-trained checkpoint is probed on a labelled set: --dataset=NAME (or use --embed)')
-    kept = 0.1 if settings.labels_per_class else 0                          # few: those that finetune.py draws, too
+    kept = 0.1 if settings.labels_per_class else 0      # a few labels: those that finetune.py draws by default
     train, _, test, whole = task_splits(settings.dataset, settings.data_dir, settings.fold, settings.labels_per_class,
                                         settings.seed, validation_part=kept)
     parts = train, test

@@ -340,5 +340,6 @@ def task_splits(name, data_dir='data', fold='', labels_per_class=0, seed=1, vali
     if labels_per_class:
         train = few_labels(train, labels_per_class, seed)
     if not len(train):
-        raise DataError(f'{name}: no training clips are left beside {len(valid)} for validation')
+        raise DataError(f'{name}: no training clips are left beside {len(valid)} for validation: a smaller '
+                        'validation_part')
     return train, valid, test, whole

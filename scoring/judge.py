@@ -68,13 +68,12 @@ def begin_as_probe(classifier, clips, spectrum, process, autocast, workers=0):
                           autocast, workers=workers, title='probe')
     finally:
         hook.remove()
-    x = torch.from_numpy(x)
-    mean, std = x.mean(dim=0), x.std(dim=0, correction=0) + 1e-6
-    weight = fit_logistic(((x - mean) / std).numpy(), clips.targets(np.arange(len(clips))), PROBE_L2, clips.multi_label)
-    scaled = weight[1:] / std[:, None]                                      # for what is not standardised
+    mean, std = x.mean(axis=0), x.std(axis=0) + 1e-6
+    weight = fit_logistic((x - mean) / std, clips.targets(np.arange(len(clips))), PROBE_L2, clips.multi_label)
+    scaled = weight[1:] / torch.from_numpy(std)[:, None]                    # for what is not standardised
     with torch.no_grad():
         classifier.head.weight.copy_(scaled.T)
-        classifier.head.bias.copy_(weight[0] - mean.double() @ scaled)
+        classifier.head.bias.copy_(weight[0] - torch.from_numpy(mean).double() @ scaled)
 
 
 def main_score(scores):

@@ -57,27 +57,31 @@ def linear_probe(train, test, multi_label, strengths=PROBE_L2, title='', device=
     if len(strengths) > 1:
         best = best_strength(*train, multi_label, strengths, title, device)
         strengths = strengths[:strengths.index(best) + 1]
-    (x, test), weight = in_span(*standardised(train[0], test)), None
-    for strength in strengths:
+    (x, test), weight = standardised(train[0], test), None
+    for strength in tqdm(strengths, desc=title, leave=False, disable=not title or None):
         weight = fit_logistic(x, train[1], strength, multi_label, weight, device)
     return outputs(test, weight), strengths[-1]
 
 
 def best_strength(x, targets, multi_label, strengths, title, device):
     """Of L2 strengths, in falling order, that with the least loss on fifths of the clips that are held out in turn; of
-    many clips, on one fifth. The loss, since accuracies of few clips tie."""
-    part, losses = fifth_of_each_class(targets), []
-    held_out = [part == k for k in range(min(FIFTHS, len(x)) if len(x) <= MANY_CLIPS else 1) if len(x) > 1]
-    folds = [(*in_span(*standardised(x[~valid], x[valid])), targets[~valid], targets[valid]) for valid in held_out]
+    many clips, on one fifth. The loss, since accuracies of few clips tie; without classes that the other fifths lack,
+    of which nothing can be said; the strongest where nothing else is left to choose."""
+    folds, losses = [], []
+    part = fifth_of_each_class(targets)
+    for k in range(FIFTHS if len(x) <= MANY_CLIPS else 1):
+        valid, classes = part == k, targets[part != k].any(axis=0)
+        if valid.any() and classes.any():
+            folds.append((*standardised(x[~valid], x[valid]), targets[~valid][:, classes], targets[valid][:, classes]))
     weights = [None] * len(folds)
     for strength in tqdm(strengths, desc=title, leave=False, disable=not title or None):
         weights = [fit_logistic(x, y, strength, multi_label, weight, device)
                    for weight, (x, _, y, _) in zip(weights, folds)]
         losses.append(sum(mean_loss(outputs(v, weight), z, multi_label)
                           for weight, (_, v, _, z) in zip(weights, folds)))
-        if len(losses) > 2 and losses[-1] > losses[-2] > losses[-3]:        # past its minimum
+        if not losses[-1] < np.inf or len(losses) > 2 and losses[-1] > losses[-2] > losses[-3]:     # past its minimum
             break
-    return strengths[losses.index(min(losses))]
+    return strengths[np.nan_to_num(losses, nan=np.inf).argmin()]
 
 
 def fifth_of_each_class(targets):
@@ -85,15 +89,6 @@ def fifth_of_each_class(targets):
     part = np.empty(len(targets), int)
     part[targets.argmax(axis=1).argsort(kind='stable')] = np.arange(len(targets)) % FIFTHS
     return part
-
-
-def in_span(x, *others):
-    """Features (N, d) of fewer clips than features in N coordinates of what the clips x span, others' part in it alike:
-    weights of least L2 lie in there, so that every fit and its outputs stay the same."""
-    if len(x) >= x.shape[1]:
-        return x, *others
-    basis, coordinates = np.linalg.qr(x.T.astype(np.float64))
-    return coordinates.T, *(part @ basis for part in others)
 
 
 def loss_of(multi_label):
@@ -120,10 +115,21 @@ def fit_logistic(x, targets, strength, multi_label, start=None, device='cpu'):
     x (N, d), targets (N, classes) -> (1 + d, classes), bias first. No copy of x in float64 is made if it is larger than
     a block.
     """
-    x, targets, rows = torch.from_numpy(x), torch.from_numpy(targets), rows_of_block(x)
+    x, targets = torch.as_tensor(x), torch.from_numpy(targets)
     if start is None:
-        start = torch.zeros(x.shape[1] + 1, targets.shape[1], dtype=torch.float64, device=device)
-    weight = start.clone().requires_grad_()
+        start = torch.zeros(1 + x.shape[1], targets.shape[1], dtype=torch.float64, device=device)
+    if len(x) >= x.shape[1] or x.numel() > BLOCK:
+        return minimised(x, targets, strength, multi_label, start)
+    # Of fewer clips than features: the weights of least L2 lie in the span of the clips.
+    basis, coordinates = torch.linalg.qr(x.T.to(start))                     # (d, N), (N, N)
+    start = torch.cat([start[:1], basis.T @ start[1:]])
+    weight = minimised(coordinates.T, targets, strength, multi_label, start)
+    return torch.cat([weight[:1], basis @ weight[1:]])
+
+
+def minimised(x, targets, strength, multi_label, start):
+    """What fit_logistic says, of tensors."""
+    weight, rows = start.clone().requires_grad_(), rows_of_block(x)
     optimizer = torch.optim.LBFGS([weight], max_iter=300, tolerance_grad=1e-6, tolerance_change=1e-10,
                                   line_search_fn='strong_wolfe')
     blocks = list(zip(x.split(rows) if len(x) > rows else [x.to(start)], targets.split(rows)))

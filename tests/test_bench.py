@@ -21,7 +21,7 @@ from engine import processes
 from fast import forms
 from model import ASDA, ASDAConfig
 from tools import authors_arrangement as authors
-from tools import bench, everything, measuring, sections
+from tools import bench, describe, everything, measuring, sections
 
 from .conftest import ROOT, TINY, call, is_one_line_error
 
@@ -158,7 +158,7 @@ def test_flops_are_those_that_pytorch_counts(changes, monkeypatch):
     variances by matmul, which are no part of the training."""
     monkeypatch.setattr(model_file, 'masked_variance', lambda x, weight: x.flatten(0, -2).var(dim=0), raising=False)
     config = ASDAConfig(**{**SMALL, **changes, 'decoder_groups': 1})
-    parts = sections.flops(config)
+    parts = describe.flops(config)
     model, (spec, mask, noise) = ASDA(config).double(), inputs(config, torch.float64)
     monkeypatch.setattr(forms, 'MAX_MAP', 0)            # as on a GPU: a fused call, which multiplies V with either map
     forms.apply(model, ['fused'])
@@ -182,7 +182,7 @@ def test_flops_of_grouped_convolutions():
     with FlopCounterMode(display=False) as counter:
         model(spec, mask, noise)
     counted = counter.get_flop_counts()['Global'][torch.ops.aten.convolution]
-    parts = sections.flops(config)
+    parts = describe.flops(config)
     assert counted == 2 * (2 * parts['teacher patch embedding'] + parts['decoder convolutions'] // 3)
 
 

@@ -126,19 +126,22 @@ def test_knn_is_scikit_learns_but_for_ties():
     assert knn_accuracy(x, y, x, y, k=1) == 1.0
 
 
-def test_neighbours_and_probe_work_in_blocks(monkeypatch):
-    """The same numbers as in one block; no similarity matrix and no copy of features is larger than one."""
-    (x, y), (t, _) = blobs(0, 300), blobs(2, 500)
+@pytest.mark.parametrize('clips, width', [(300, 10), (40, 60)])
+def test_neighbours_and_probe_work_in_blocks(monkeypatch, clips, width):
+    """The same numbers as in one block; no similarity matrix and no copy of features in float64 is larger than one."""
+    (x, y), (t, _) = blobs(0, clips, d=width), blobs(2, 500, d=width)
     want = knn_scores(x, y, t, 4), linear_probe((x, np.eye(4)[y]), t, False)
     sizes = []
 
     def seen(name, plain):
         def call_of(self, *args, **how):
-            sizes.append(self.numel())
-            return plain(self, *args, **how)
+            found = plain(self, *args, **how)
+            if name == 'topk' or found.dtype is torch.float64 is not self.dtype:
+                sizes.append(self.numel())
+            return found
         monkeypatch.setattr(torch.Tensor, name, call_of)
     seen('topk', torch.Tensor.topk)
-    seen('double', torch.Tensor.double)
+    seen('to', torch.Tensor.to)
     monkeypatch.setattr(probes, 'BLOCK', 1000)
     got = knn_scores(x, y, t, 4), linear_probe((x, np.eye(4)[y]), t, False)
     np.testing.assert_allclose(got[0], want[0], rtol=1e-9)         # a product of fewer rows may add up otherwise
@@ -233,11 +236,23 @@ def test_probe_chooses_its_strength_by_cross_validation(clips, width, monkeypatc
 
 
 @pytest.mark.parametrize('clips', [1, 2, 3, 7])
-def test_probe_of_very_few_clips(clips):
-    """A clip a class or less: no fifth is empty, and what nothing can choose is the strongest."""
-    (x, y), (t, _) = blobs(0, clips), blobs(2, 5)
-    logits, strength = linear_probe((x, np.eye(4, dtype=np.float32)[y]), t, False)
-    assert np.isfinite(logits).all() and (strength in PROBE_L2 if clips > 1 else strength == max(PROBE_L2))
+@pytest.mark.parametrize('multi_label', [False, True])
+def test_of_one_clip_a_class_nothing_is_learned_about_the_strength(clips, multi_label):
+    """Then it is the strongest; no fifth is empty."""
+    x, t = np.random.default_rng(0).standard_normal((2, 7, 10), dtype=np.float32)
+    logits, strength = linear_probe((x[:clips], np.eye(7, dtype=np.float32)[:clips]), t, multi_label)
+    assert np.isfinite(logits).all() and strength == (max(PROBE_L2) if not multi_label or clips == 1 else strength)
+
+
+def test_a_class_of_one_clip_does_not_choose_the_probes_strength():
+    """Held out, it is of a class that the rest has never seen: its loss would grow as long as one looks."""
+    (x, y), (t, _) = blobs(3, 120, d=12, spread=3.0), blobs(2, 9, d=12)
+    found = {}
+    for alone in (0, 1):
+        one = np.full((alone, 12), 30, np.float32) * np.sign(x[:1])
+        targets = np.eye(4 + alone, dtype=np.float32)[[*y, *[4] * alone]]
+        found[alone] = linear_probe((np.concatenate([x, one]), targets), t, False)[1]
+    assert found[0] == found[1] not in (min(PROBE_L2), max(PROBE_L2))
 
 
 def test_effective_rank():

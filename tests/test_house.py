@@ -14,7 +14,7 @@ def imported(tree):
             continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
+        elif isinstance(node, ast.ImportFrom) and not node.level:           # the tests' own are relative
             yield node.module
             yield from (f'{node.module}.{alias.name}' for alias in node.names)
         yield from imported(node)
@@ -22,8 +22,9 @@ def imported(tree):
 
 def arrows():
     """{module of the product: modules of ours that it imports}"""
-    paths = [path for path in glob.glob('**/*.py', root_dir=ROOT, recursive=True)
-             if path.split(os.sep)[0] not in ('config', 'data', 'out')]
+    paths = glob.glob('*.py', root_dir=ROOT)
+    for room in glob.glob('*/__init__.py', root_dir=ROOT):
+        paths += glob.glob(os.path.join(os.path.dirname(room), '*.py'), root_dir=ROOT)
     ours = {path[:-3].replace(os.sep, '.').removesuffix('.__init__'): path for path in paths}
     found = {}
     for module, path in ours.items():

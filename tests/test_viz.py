@@ -118,6 +118,8 @@ def test_the_students_of_the_picture_see_what_its_title_says(pretrained, sound):
     for axis in figure.axes[1:]:
         shown = np.isfinite(np.ma.filled(axis.images[0].get_array(), np.nan)).sum()
         assert shown == kept * patch and axis.get_title().endswith(f'{kept} of 32')
+    drawn = pretrain.masks(settings.but(batch_size=3), model.config, 0, 'cpu')      # those of a training's first step
+    assert torch.equal(viz.first_masks(settings, model.config, 3), drawn)
 
 
 def a_log(path, losses, every=10, **settings):

@@ -30,7 +30,7 @@ SPARE = 0.95                    # of a GPU's memory, to find the largest batch: 
 AROUND = 1.5                    # times what pre-training takes: with its clips, which are made first, and its start
 
 
-# -------------------------------------------------------------------------------------- parts that bench.py has not
+# ---------------------------------------------------------------------------------- parts that sections.py has not
 
 def measure_kernels(bench):
     """Every kernel against its plain expression on this batch's shapes: errors of result and gradients against float32,

@@ -1,4 +1,5 @@
-"""What measuring takes: clocks that wait for the device, its peaks and memory, clips of noise to measure on.
+"""What measuring takes: clocks that wait for the device, its peaks and memory, clips of noise to measure on, and a
+file of figures.
 
 This file must not know what is measured.
 """

@@ -35,6 +35,7 @@ TARGETS = {'mono_clips_per_second_per_core': 'at least 30', 'stereo_clips_per_se
            'waiting_over_ideal': 'at most 1.03'}
 FED_CLIPS, FED_RATE = 48, 400   # a step that only waits: its clips, and how many of them a second
 
+
 # -------------------------------------------------------------------------------------------------------- clips to use
 
 def pretrain_loader(bench, clips, items):
