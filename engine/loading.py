@@ -1,6 +1,7 @@
 """Batches read ahead in processes of their own, which end with what they work for."""
 import os
 import sys
+from multiprocessing.connection import wait
 
 import torch
 
@@ -44,7 +45,7 @@ def loader(batches, items, workers=0, pin=False):
                 raise batch
             yield batch
     except (OSError, EOFError) as error:                                    # what it had sent cannot be fetched
-        if all(worker.is_alive() for worker in started):
+        if not started or not wait([worker.sentinel for worker in started], timeout=1):     # its end may come later
             raise
         raise RunError(f'a process that reads clips has died ({error}); what was saved is intact') from None
     finally:
