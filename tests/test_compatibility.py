@@ -131,7 +131,7 @@ def scores_of(text):
 
 
 def test_probes_of_the_old_checkpoint(old, expected):
-    """Linear probes of log-mel statistics and of the last block's CLS, their strength chosen as it was then: that of the
+    """Linear probes of log-mel statistics and of the last block's CLS, their strength chosen as it was then: the one of
     best accuracy on validation clips, of equals the strongest. (kNN is of standardised features since.)"""
     loaded, process = open_checkpoint(f'{old}/pretrained/ckpt.pt'), processes.start('cpu', 1)
     *parts, whole = task_splits('sounds', f'{old}/prepared')
