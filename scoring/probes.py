@@ -79,7 +79,8 @@ def best_strength(x, targets, multi_label, strengths, title, device):
                    for weight, (x, _, y, _) in zip(weights, folds)]
         losses.append(sum(mean_loss(outputs(v, weight), z, multi_label)
                           for weight, (_, v, _, z) in zip(weights, folds)))
-        if not losses[-1] < np.inf or len(losses) > 2 and losses[-1] > losses[-2] > losses[-3]:     # past its minimum
+        rising = len(losses) > 2 and losses[-1] > losses[-2] > losses[-3]
+        if rising or not np.isfinite(losses[-1]):
             break
     return strengths[np.nan_to_num(losses, nan=np.inf).argmin()]
 
