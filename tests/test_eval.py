@@ -226,9 +226,17 @@ def test_probe_chooses_its_strength_by_cross_validation(clips, width, monkeypatc
     part = np.empty(clips, int)
     for label in range(4):                                                  # five by five, class after class
         part[y == label] = (np.arange((y == label).sum()) + (y < label).sum()) % 5
+    fits, plain = [], probes.minimised
+    monkeypatch.setattr(probes, 'minimised', lambda x, y, strength, *how: (
+        fits.append((*x.shape, strength)), plain(x, y, strength, *how))[1])
     logits, strength = linear_probe((x, np.eye(4, dtype=np.float32)[y]), t, False)
     held_out = range(5 if clips <= 120 else 1)
-    losses = {s: loss_by_scikit_learn(x, y, part, held_out, s) for s in PROBE_L2}
+    losses = {s: loss_by_scikit_learn(x, y, part, held_out, s) for s in sorted(PROBE_L2, reverse=True)}
+    tried = [s for n, _, s in fits if n < clips]
+    falling = list(losses.values())
+    last = next((i for i in range(2, 7) if falling[i] > falling[i - 1] > falling[i - 2]), 6)    # it has risen twice
+    assert tried == [s for s in list(losses)[:last + 1] for _ in held_out]
+    assert all(columns == min(n, width) for n, columns, _ in fits)
     assert strength == min(losses, key=losses.get) and strength != PROBE_L2[0]
     fit = make_pipeline(StandardScaler(), LogisticRegression(C=1 / (strength * clips), max_iter=5000)).fit(x, y)
     np.testing.assert_allclose(logits - logits.mean(1, keepdims=True), fit.decision_function(t), atol=2e-2)
