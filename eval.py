@@ -5,6 +5,7 @@
     python eval.py --ckpt=out/ft/best.pt --wav=a.wav,b.flac     # fine-tuned: the top classes of files
     python eval.py --ckpt=out/ft/best.pt --wav=long.mp3 --hop=0.5 --csv_file=when.csv           # and when they sound
     python eval.py --ckpt=out/demo/ckpt.pt --dataset=demo --embed=out.npz      # embeddings of a set, or of --wav files
+    python eval.py --features_file=theirs.npz --dataset=demo    # the same probes of what any other program has computed
 
 Settings are the names below. Probes use the log-mel statistics of the training split of the set at hand; a fine-tuned
 checkpoint, and embeddings, those that the checkpoint holds.
@@ -30,9 +31,11 @@ from recipes.audioset import read_label_csv
 from scoring.features import POOLS, feature_batches, features, log_mel_statistics, predict, width
 from scoring.metrics import NotFiniteError, describe, mean_of_windows, metrics, probabilities
 from scoring.outputs import check_output, labels_of, table_path, write_arrays, write_classes, write_windows
-from scoring.probes import in_float64, knn_scores, linear_probe, standardised
+from scoring.probing import score_features, stored_features
 
 ckpt = ''                   # the checkpoint
+features_file = ''          # probe the arrays (N, F) of this .npz, instead of a checkpoint: rows by names (N,), those
+                            # that --embed gives the clips of the set
 dataset = ''                # a prepared set; default for a fine-tuned checkpoint: the one it was tuned on
 data_dir = 'data'           # where prepared sets are
 fold = ''                   # test on this fold of the set; '': on its test split (fine-tuned: as it was tuned)
@@ -108,15 +111,20 @@ def in_windows(clips, settings, spectrum):
     return clips.windows(samples, round(settings.hop * SAMPLE_RATE) or samples)
 
 
-def probe_pretrained(loaded, settings, process, autocast):
-    """kNN and linear probe of the frozen encoder on a labelled set, beside what every encoder must beat on the same
-    split: log-mel statistics, and the same encoder with random weights. -> {features: {probe: scores}}"""
+def probed_parts(settings):
+    """The training and test clips of the set at hand, and its whole training split."""
     if not settings.dataset:
-        raise ConfigError('a pre-trained checkpoint is probed on a labelled set: --dataset=NAME (or use --embed)')
+        raise ConfigError('features are probed on a labelled set: --dataset=NAME (or use --embed)')
     kept = 0.1 if settings.labels_per_class else 0      # a few labels: those that finetune.py draws by default
     train, _, test, whole = task_splits(settings.dataset, settings.data_dir, settings.fold, settings.labels_per_class,
                                         settings.seed, validation_part=kept)
-    parts = train, test
+    return train, test, whole
+
+
+def probe_pretrained(loaded, settings, process, autocast):
+    """kNN and linear probe of the frozen encoder on a labelled set, beside what every encoder must beat on the same
+    split: log-mel statistics, and the same encoder with random weights. -> {features: {probe: scores}}"""
+    *parts, whole = probed_parts(settings)
     mean, std = whole.statistics(loaded.spectrum['window'])
     spectrum = with_given_statistics({**loaded.spectrum, 'mean': mean, 'std': std}, settings)
     longest = min(int(max(frames_in(part.length).max() for part in parts)), MAX_FRAMES)
@@ -134,24 +142,15 @@ def probe_pretrained(loaded, settings, process, autocast):
         check_size(sum(map(len, parts)), width(loaded.config, pool), pool)
         kinds[f'random weights, {pool}'] = functools.partial(of_encoder, untrained, pool)
         kinds[pool] = functools.partial(of_encoder, loaded.encoder, pool)
-    targets, wanted = (part.targets(np.arange(len(part))) for part in parts)
-    process.print(f'{settings.dataset}: {len(train):,} training and {len(test):,} test clips; '
-                  f'{len(test.classes)} classes; whole clips in windows of {spectrum["frames"]} frames')
-    results, where = {}, in_float64(process.device)
-    for kind, found in kinds.items():
-        x, t = found()
-        results[kind] = {}
-        if not test.multi_label:
-            near, far = standardised(x, t)
-            votes = knn_scores(near, train.label, far, len(train.classes), device=where)
-            del near, far                                                   # linear_probe makes its own
-            results[kind]['kNN'] = metrics(votes, wanted, False)[0]
-        logits, strength = linear_probe((x, targets), t, test.multi_label,
-                                        title='probing' if process.is_main else '', device=where)
-        results[kind]['linear probe'] = {**metrics(logits, wanted, test.multi_label)[0], 'l2': strength}
-        process.print(f'{kind:22}'
-                      + ''.join(f'{probe}: {describe(scores)}   ' for probe, scores in results[kind].items()))
-    return results
+    return score_features(kinds, *parts, f'whole clips in windows of {spectrum["frames"]} frames', process)
+
+
+def probe_file(settings, process):
+    """The same of features that any program has computed. -> {array: {probe: scores}}"""
+    *parts, _ = probed_parts(settings)
+    stored = stored_features(settings.features_file, [part.keys() for part in parts])
+    kinds = {name: lambda found=found: found for name, found in stored.items()}
+    return score_features(kinds, *parts, settings.features_file, process)
 
 
 def check_size(clips, numbers, pool):
@@ -222,6 +221,8 @@ def write_embeddings(loaded, settings, process, autocast):
 def check(settings):
     """Raise ConfigError for settings that cannot work."""
     configurator.check_ranges(settings, **ranges.EVALUATE)
+    if settings.features_file and (settings.ckpt or settings.wav or settings.embed):
+        raise ConfigError('--features_file is probed by itself: leave out --ckpt, --wav and --embed')
     if settings.wav and settings.dataset:
         raise ConfigError('--wav and --dataset both say what is looked at: give one')
     if settings.window and settings.frames:
@@ -261,6 +262,8 @@ def run(argv):
     settings = configurator.configure(__file__, argv)
     check(settings)
     process = processes.start(settings.device, settings.threads)
+    if settings.features_file:
+        return probe_file(settings, process)
     autocast, _ = processes.autocast(process, settings.dtype)
     loaded = open_checkpoint(settings.ckpt)
     apply(settings, loaded, process)

@@ -364,6 +364,61 @@ def test_probes_use_given_statistics_else_the_sets(pretrained, data_dir, monkeyp
         assert [(spectrum['mean'], spectrum['std'], size) for spectrum, size in seen] == [(*want, 5)] * 6
 
 
+def test_features_of_a_file_are_probed_as_a_checkpoints(pretrained, data_dir, tmp_path):        # noqa: F811
+    """What --embed has written, in any order and beside other arrays, scores as the encoder itself; other numbers, of
+    which a classifier knows all, score by them."""
+    same = [f'--ckpt={pretrained}', '--dataset=demo', f'--data_dir={data_dir}', '--norm_mean=-7', '--norm_std=3']
+    assert call(evaluation.run, *same, f'--embed={tmp_path}/x.npz', '--pool=bands,mean').code == 0
+    with np.load(tmp_path / 'x.npz') as stored:
+        order = np.random.default_rng(0).permutation(len(stored['names']))
+        arrays = {name: stored[name][order] for name in ('names', 'bands', 'mean', 'labels', 'start', 'splits')}
+    arrays['told'] = np.eye(10)[arrays['labels']]
+    np.savez(tmp_path / 'x.npz', **arrays)
+    ours = call(evaluation.run, *same, '--pool=bands,mean', '--labels_per_class=5')
+    theirs = call(evaluation.run, f'--features_file={tmp_path}/x.npz', *same[1:3], '--labels_per_class=5')
+    assert theirs.code == 0, theirs.err
+    lines = theirs.out.splitlines()
+    assert len(lines) == 4 and set(lines[1:3]) <= set(ours.out.splitlines()) and lines[1] != lines[2]
+    assert lines[3].split() == ('told kNN: accuracy 100.0% (40 of 40) linear probe: accuracy 100.0% (40 of 40)').split()
+
+
+@pytest.mark.parametrize('damage, words', [
+    ('absent', ['there is no features_file']), ('junk', ['is not an .npz']), ('objects', ['is not an .npz']),
+    ('no names', ['no array `names`']), ('names twice', ['no array `names`', 'once']),
+    ('bytes as names', ['no array `names`']), ('clip', ['lacks 1 of the clips', 'e.g. ']),
+    ('nan', ['x holds numbers that are not finite']), ('rows', ['no array of', 'real numbers']),
+    ('integers', ['no array of', 'real numbers']), ('ckpt', ['leave out --ckpt']), ('dataset', ['--dataset'])])
+def test_a_bad_file_of_features_is_named(data_dir, tmp_path, damage, words):
+    path, names = tmp_path / 'theirs.npz', np.array(open_clips(['demo'], data_dir, ['train', 'test']).keys())
+    arrays, more = {'names': names, 'x': np.random.default_rng(0).standard_normal((len(names), 3))}, ['--dataset=demo']
+    if damage == 'objects':
+        arrays['x'] = arrays['x'].astype(object)
+    elif damage == 'no names':
+        del arrays['names']
+    elif damage == 'names twice':
+        arrays['names'][0] = arrays['names'][1]
+    elif damage == 'bytes as names':
+        arrays['names'] = names.astype('S')
+    elif damage == 'clip':
+        arrays = {name: array[1:] for name, array in arrays.items()}
+    elif damage == 'nan':
+        arrays['x'][:, 1] = np.nan
+    elif damage == 'rows':
+        arrays['x'] = arrays['x'][1:]
+    elif damage == 'integers':
+        arrays['x'] = arrays['x'].astype(int)
+    elif damage == 'ckpt':
+        more.append('--ckpt=x.pt')
+    elif damage == 'dataset':
+        more.clear()
+    if damage == 'junk':
+        path.write_bytes(b'nothing of use' * 9)
+    elif damage != 'absent':
+        np.savez(path, **arrays)
+    result = call(evaluation.run, f'--features_file={path}', f'--data_dir={data_dir}', *more)
+    assert is_one_line_error(result, *words)
+
+
 def test_a_finetuned_checkpoint_needs_only_a_test_split(straight, data_dir, tmp_path):       # noqa: F811
     """And scores on it what fine-tuning's log says."""
     shutil.copytree(os.path.join(data_dir, 'noises'), tmp_path / 'noises')

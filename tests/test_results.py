@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from audio.clips import open_clips
 from tools import results, stages
 
 from .conftest import ROOT, call, is_one_line_error
@@ -129,13 +130,30 @@ def test_probes_are_told_what_the_task_says(tmp_path, monkeypatch):
     commands = []
     monkeypatch.setattr(results.evaluation, 'run', lambda command: commands.append(command) or {
         'CLS': {'kNN': {'accuracy': 0.5, 'right': len(commands), 'clips': 2}}})
-    settings = types.SimpleNamespace(ckpt=['x1.pt', 'x2.pt'], data_dir='sets', seeds=2, pool='bands')
+    settings = types.SimpleNamespace(ckpt=['x1.pt', 'x2.pt'], data_dir='sets', seeds=2, pool='bands', features_file='')
     found = results.probes(settings, 'digits')
     assert [set(command) for command in commands] == [
         {f'--ckpt=x{seed}.pt', '--dataset=digits', '--data_dir=sets', '--fold=theo', '--labels_per_class=7',
          '--pool=bands', f'--seed={seed}', '--device=cpu', '--threads=1'} for seed in (1, 2)]
     assert list(found) == ['kNN, CLS'] and [score['right'] for score in found['kNN, CLS']] == [1, 2]
     assert [score['command'] for score in found['kNN, CLS']] == [['eval.py', *command] for command in commands]
+    commands.clear()
+    settings.features_file, settings.ckpt = 'of-{set}.npz', []
+    results.probes(settings, 'digits')
+    assert [command[:2] + command[5:6] for command in commands] == [
+        ['--features_file=of-digits.npz', '--dataset=digits', f'--seed={seed}'] for seed in (1, 2)]
+
+
+def test_features_of_other_programs_in_the_table(data_dir, tmp_path, task):
+    """Every array is a row of each probe, without a checkpoint and whatever --arms says."""
+    clips = open_clips(['noises'], data_dir, ['train', 'test'])
+    np.savez(tmp_path / 'of-noises.npz', names=np.array(clips.keys()), told=np.eye(4)[clips.label])
+    result = call(results.run, f'--features_file={tmp_path}/of-{{set}}.npz', f'--data_dir={data_dir}', '--seeds=2',
+                  f'--json_file={tmp_path}/x.json', f'--out_dir={tmp_path}/out')
+    assert result.code == 0, result.err
+    rows = rows_of(tmp_path / 'x.json')
+    assert list(rows) == ['kNN, told', 'linear probe, told']
+    assert all(score['accuracy'] == 1 for row in rows.values() for score in row['noises'])
 
 
 def test_each_seed_has_its_checkpoint(pretrained, data_dir, tmp_path, task, pretended):          # noqa: F811

@@ -4,6 +4,7 @@ random weights, and log-mel statistics.
     python -m tools.results --ckpt=out/real{seed}/ckpt.pt            # everything; finished runs are not run again
     python -m tools.results --ckpt=out/real/ckpt.pt --arms=scratch   # one checkpoint; pretrained, scratch or probes
     python -m tools.results --ckpt=out/real{seed}/ckpt.pt --tasks=labels --arms=probes --json_file=results/labels.json
+    python -m tools.results --features_file=theirs-{set}.npz --json_file=results/others.json     # of another program
     python -m tools.results --show                                   # the table of results/real.json again
 
 A {seed} in --ckpt stands for 1, 2, ...: every seed then has a pre-training of its own, beside labels of its own.
@@ -33,6 +34,7 @@ from scoring.outputs import check_output
 from tools.stages import log_lines, to_its_end
 
 ckpt = 'out/real/ckpt.pt'               # the pre-trained checkpoint, or one for each {seed}
+features_file = ''                      # probe these features of every {set} instead, see eval.py
 out_dir = 'out/results'                 # one folder per run goes here
 data_dir = 'data'                       # prepared demo, fsdd, wakewords and esc10
 arms = 'pretrained,scratch,probes'      # what to run
@@ -124,7 +126,9 @@ def probes(settings, task):
     how, found = configured([os.path.join(ROOT, config), *arguments]), {}
     where = processes.provenance(processes.start('cpu'))
     for seed in range(1, settings.seeds + 1):
-        command = [f'--ckpt={settings.ckpt[seed - 1]}', f'--dataset={how.dataset}', f'--data_dir={settings.data_dir}',
+        what = (f'--features_file={settings.features_file.replace("{set}", how.dataset)}' if settings.features_file else
+                f'--ckpt={settings.ckpt[seed - 1]}')
+        command = [what, f'--dataset={how.dataset}', f'--data_dir={settings.data_dir}',
                    f'--fold={how.fold}', f'--labels_per_class={how.labels_per_class}', f'--seed={seed}',
                    f'--pool={settings.pool}', '--device=cpu', '--threads=1']
         for kind, scores in evaluation.run(command).items():
@@ -175,7 +179,9 @@ def run(argv):
     if settings.tasks not in chosen:
         raise ConfigError(f'tasks = {settings.tasks!r} is none of {", ".join(chosen)}')
     if not settings.show:
-        originals = [settings.ckpt.replace('{seed}', str(seed)) for seed in range(1, settings.seeds + 1)]
+        originals = [] if settings.features_file else [
+            settings.ckpt.replace('{seed}', str(seed)) for seed in range(1, settings.seeds + 1)]
+        settings.arms = 'probes' if settings.features_file else settings.arms
         check_output(settings.json_file, '.json', *originals)
         settings.ckpt = [snapshot(path, settings.out_dir) for path in originals]
         rows = {}
