@@ -16,7 +16,7 @@ def score_features(kinds, train, test, words, process):
     targets, wanted = (part.targets(np.arange(len(part))) for part in (train, test))
     process.print(f'{train.names()}: {len(train):,} training and {len(test):,} test clips; '
                   f'{len(test.classes)} classes; {words}')
-    results, where = {}, in_float64(process.device)
+    results, where, wide = {}, in_float64(process.device), max([21, *map(len, kinds)])
     for kind, found in kinds.items():
         x, t = found()
         results[kind] = {}
@@ -28,7 +28,7 @@ def score_features(kinds, train, test, words, process):
         logits, strength = linear_probe((x, targets), t, test.multi_label,
                                         title='probing' if process.is_main else '', device=where)
         results[kind]['linear probe'] = {**metrics(logits, wanted, test.multi_label)[0], 'l2': strength}
-        process.print(f'{kind:22}'
+        process.print(f'{kind:{wide}} '
                       + ''.join(f'{probe}: {describe(scores)}   ' for probe, scores in results[kind].items()))
     return results
 
