@@ -201,7 +201,9 @@ def test_any_rate_and_channel_count(rate, channels):
 
 def test_demo_is_a_function_of_the_seed_and_hard_enough(tmp_path):
     from engine.processes import Process
-    from eval import linear_probe, log_mel_statistics, metrics
+    from scoring.features import log_mel_statistics
+    from scoring.metrics import metrics
+    from scoring.probes import linear_probe
     run('demo', '--clips=1200', f'--out_dir={tmp_path}/demo')
     for name, options in (('one', ['--seed=1']), ('two', ['--seed=2']), ('three', ['--seed=1'])):
         run('demo', '--clips=30', *options, f'--out_dir={tmp_path}/{name}')
