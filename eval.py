@@ -221,8 +221,8 @@ def write_embeddings(loaded, settings, process, autocast):
 def check(settings):
     """Raise ConfigError for settings that cannot work."""
     configurator.check_ranges(settings, **ranges.EVALUATE)
-    if settings.features_file and (settings.ckpt or settings.wav or settings.embed):
-        raise ConfigError('--features_file is probed by itself: leave out --ckpt, --wav and --embed')
+    if settings.features_file and (settings.ckpt or settings.wav or settings.embed or settings.csv_file):
+        raise ConfigError('--features_file is probed by itself: leave out --ckpt, --wav, --embed and --csv_file')
     if settings.wav and settings.dataset:
         raise ConfigError('--wav and --dataset both say what is looked at: give one')
     if settings.window and settings.frames:

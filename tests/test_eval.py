@@ -387,7 +387,10 @@ def test_features_of_a_file_are_probed_as_a_checkpoints(pretrained, data_dir, tm
     ('no names', ['no array `names`']), ('names twice', ['no array `names`', 'once']),
     ('bytes as names', ['no array `names`']), ('clip', ['lacks 1 of the clips', 'e.g. ']),
     ('nan', ['x holds numbers that are not finite']), ('rows', ['no array of', 'real numbers']),
-    ('integers', ['no array of', 'real numbers']), ('ckpt', ['leave out --ckpt']), ('dataset', ['--dataset'])])
+    ('integers', ['no array of', 'real numbers']), ('no columns', ['no array of', 'real numbers']),
+    ('too large', ['x holds numbers that are not finite']), ('names in rows', ['no array `names`']),
+    ('one array', ['is not an .npz']), ('csv_file', ['--csv_file']), ('ckpt', ['leave out --ckpt']),
+    ('dataset', ['--dataset'])])
 def test_a_bad_file_of_features_is_named(data_dir, tmp_path, damage, words):
     path, names = tmp_path / 'theirs.npz', np.array(open_clips(['demo'], data_dir, ['train', 'test']).keys())
     arrays, more = {'names': names, 'x': np.random.default_rng(0).standard_normal((len(names), 3))}, ['--dataset=demo']
@@ -407,12 +410,24 @@ def test_a_bad_file_of_features_is_named(data_dir, tmp_path, damage, words):
         arrays['x'] = arrays['x'][1:]
     elif damage == 'integers':
         arrays['x'] = arrays['x'].astype(int)
+    elif damage == 'no columns':
+        arrays['x'] = arrays['x'][:, :0]
+    elif damage == 'too large':
+        arrays['x'][0, 0] = 1e300
+        arrays['x'][1:, 0] = -1e300
+    elif damage == 'names in rows':
+        arrays['names'] = names[:, None]
+    elif damage == 'csv_file':
+        more.append('--csv_file=x.csv')
     elif damage == 'ckpt':
         more.append('--ckpt=x.pt')
     elif damage == 'dataset':
         more.clear()
     if damage == 'junk':
         path.write_bytes(b'nothing of use' * 9)
+    elif damage == 'one array':
+        with open(path, 'wb') as f:
+            np.save(f, arrays['x'])
     elif damage != 'absent':
         np.savez(path, **arrays)
     result = call(evaluation.run, f'--features_file={path}', f'--data_dir={data_dir}', *more)
