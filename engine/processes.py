@@ -267,7 +267,9 @@ class Stop:
         self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, error, *_):
+        if error and self.process.world > 1:
+            return      # the launcher's SIGTERM, sent because another has died, is not to cut off this one's line
         for number, handler in self.before.items():
             signal.signal(number, handler)
 

@@ -219,6 +219,27 @@ def test_one_process_dying_stops_the_others_without_a_save(data_dir, tmp_path):
     assert not os.path.exists(tmp_path / 'out' / 'ckpt.pt')
 
 
+ENDED_ON_ITS_WAY = '''
+import os, signal
+from engine import processes
+def run(argv):
+    try:
+        with processes.Stop(processes.start('cpu')):
+            raise RuntimeError('[gloo] Connection closed by peer')
+    finally:
+        os.kill(os.getpid(), signal.SIGTERM)
+processes.main(run)
+'''
+
+
+def test_the_launchers_signal_does_not_cut_off_the_line_of_who_lost_contact(tmp_path):
+    """It comes at any moment: here between the loop that has failed and what says so."""
+    (tmp_path / 'ended.py').write_text(ENDED_ON_ITS_WAY)
+    result = script(*torchrun(tmp_path / 'ended.py'), PYTHONPATH=ROOT)
+    assert result.returncode != 0 and 'exitcode  : -15' not in result.stderr
+    assert re.search(r'error: process \d lost contact with another one', result.stderr), result.stderr
+
+
 # ----------------------------------------------------------------------------------------------------- who reads clips
 
 
