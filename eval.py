@@ -47,8 +47,8 @@ max_minutes = 60.0          # longer files are refused
 top_k = 5                   # classes to print for each file
 labels = ''                 # AudioSet's class_labels_indices.csv: names for the classes of a checkpoint without any
 embed = ''                  # write embeddings to this .npz file
-pool = 'bands'              # features: bands (mean and deviation over time of each band of patches), mean (of patches),
-                            # cls; or several of them, separated by commas
+pool = 'bands'              # features: bands (mean and deviation over time of each band of patches), cepstra (bands and
+                            # the deviation of their DCT), mean (of patches), cls; or several, separated by commas
 layer = 0                   # of this block (1, 2, ...); 0: the mean of all blocks' outputs
 patches = False             # --embed: every patch too; then a row is a window
 csv_file = ''               # of a set: the table of its classes (default: classes-SET-CKPT.csv beside the checkpoint;
@@ -135,11 +135,15 @@ def probe_pretrained(loaded, settings, process, autocast):
     def of_encoder(encoder, pool):
         return [features(encoder, part, spectrum, process, autocast, pool, settings.layer, title='encoding', **how)
                 for part in parts]
-    kinds = {'log-mel statistics': lambda: [
-        log_mel_statistics(part, {**spectrum, 'frames': longest, 'repeat': False}, process, title='log-mel', **how)
-        for part in parts]}
+
+    def of_log_mel(with_cepstra):
+        return [log_mel_statistics(part, {**spectrum, 'frames': longest, 'repeat': False}, process, with_cepstra,
+                                   title='log-mel', **how) for part in parts]
+    kinds = {'log-mel statistics': functools.partial(of_log_mel, False)}
     for pool in configurator.words(settings.pool):
         check_size(sum(map(len, parts)), width(loaded.config, pool), pool)
+        if pool == 'cepstra':
+            kinds['log-mel statistics, cepstra'] = functools.partial(of_log_mel, True)
         kinds[f'random weights, {pool}'] = functools.partial(of_encoder, untrained, pool)
         kinds[pool] = functools.partial(of_encoder, loaded.encoder, pool)
     return score_features(kinds, *parts, f'whole clips in windows of {spectrum["frames"]} frames', process)

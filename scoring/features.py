@@ -6,13 +6,15 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from torchaudio.functional import create_dct
 from tqdm import tqdm
 
 import data
-from audio import HOP_SAMPLES, frames_in, samples_for
+from audio import HOP_SAMPLES, N_MELS, frames_in, samples_for
 from scoring.metrics import NotFiniteError
 
-POOLS = ('bands', 'mean', 'cls')
+POOLS = ('bands', 'cepstra', 'mean', 'cls')
+N_CEPSTRA = 40          # coefficients of a log-mel frame, as many as torchaudio's MFCC has
 
 
 # ---------------------------------------------------------------------------------------------- running over many clips
@@ -68,7 +70,8 @@ def feature_batches(encoder, clips, spectrum, process, autocast, pools, layer=0,
     """Yield (indices of clips, {pool: their features (n, F) float32}), in order, of whole clips.
 
     pools: of 'bands' (mean, then standard deviation over time of the patches of a time step side by side, columns x D
-    each), 'mean' (of all patches, D) and 'cls' (D); 'patches' (P, D), time-major, if no clip is longer than the input.
+    each), 'cepstra' (these, then the standard deviation over time of the DCT of the patches over the columns, as many),
+    'mean' (of all patches, D) and 'cls' (D); 'patches' (P, D), time-major, if no clip is longer than the input.
     layer: of block 1 ... L, or 0, the mean of all blocks' outputs.
     A clip that is longer than the input is seen in windows side by side. Every real frame counts once, padding never: a
     row of patches weighs as many frames as it holds of the clip that no window before has seen, a CLS as many as its
@@ -78,21 +81,24 @@ def feature_batches(encoder, clips, spectrum, process, autocast, pools, layer=0,
     windows, seen = windows_of(clips, spectrum['frames'])
 
     def sums(spec, lengths, indices):
-        """Sums over the frames of each window: how many they are, then one for each pool, two for the bands."""
+        """Sums over the frames of each window: how many they are, then one for each pool, two for deviations."""
         x, cls = states(encoder, spec, layer)                               # (B, rows, columns, D), (B, D)
         weight = real_frames(lengths, seen[indices].to(spec.device), x.shape[1], encoder.config.patch_frames)
         count = weight.sum(dim=1, keepdim=True)
         found = [count]
-        for pool in pools:
-            if pool == 'cls':
-                found.append(cls * count)
-            elif pool == 'patches':
-                found.append(x.flatten(1, 2))
-            else:
-                of_row = x.flatten(2) if pool == 'bands' else x.mean(dim=2)
-                found.append(torch.einsum('br,brf->bf', weight, of_row))
-            if pool == 'bands':
-                found.append(torch.einsum('br,brf->bf', weight, of_row.square()))
+        with torch.autocast(x.device.type, enabled=False):                  # bfloat16's squares leave no deviation
+            for pool in pools:
+                if pool == 'cls':
+                    found.append(cls * count)
+                elif pool == 'patches':
+                    found.append(x.flatten(1, 2))
+                else:
+                    of_row = x.mean(dim=2) if pool == 'mean' else x.flatten(2)
+                    if pool == 'cepstra':
+                        of_row = torch.cat([of_row, cepstra(x, x.shape[2]).flatten(2)], dim=2)
+                    found.append(torch.einsum('br,brf->bf', weight, of_row))
+                if pool in ('bands', 'cepstra'):
+                    found.append(torch.einsum('br,brf->bf', weight, of_row.square()))
         return found
 
     batches = in_batches(sums, windows, spectrum, process, autocast, **how)
@@ -132,9 +138,11 @@ def pooled(pools, count, *sums):
     for pool in pools:
         total = next(sums)
         found[pool] = total if pool == 'patches' else total / count
-        if pool == 'bands':
-            deviation = np.sqrt(np.maximum(next(sums) / count - found[pool] ** 2, 0))
-            found[pool] = np.concatenate([found[pool], deviation], axis=1)
+        if pool in ('bands', 'cepstra'):
+            mean, deviation = found[pool], np.sqrt(np.maximum(next(sums) / count - found[pool] ** 2, 0))
+            if pool == 'cepstra':           # whose means say nothing new: they are sums of the bands'
+                mean = mean[:, :mean.shape[1] // 2]
+            found[pool] = np.concatenate([mean, deviation], axis=1)
     return {pool: values.astype(np.float32) for pool, values in found.items()}
 
 
@@ -165,18 +173,30 @@ def real_frames(lengths, seen, rows, patch_frames):
 
 def width(config, pool):
     """Features of a clip, F."""
-    return 2 * (config.n_mels // config.patch_size) * config.n_embd if pool == 'bands' else config.n_embd
+    columns = config.n_mels // config.patch_size
+    return {'bands': 2 * columns, 'cepstra': 3 * columns}.get(pool, 1) * config.n_embd
 
 
-def log_mel_statistics(clips, spectrum, process, **how):
+def cepstra(x, count):
+    """The first coefficients of the orthonormal DCT-II over bands. (..., bands, D) -> (..., count, D)
+
+    A deviation of the bands knows each by itself; that of their sums knows which of them move together: a moving tone
+    from a louder one.
+    """
+    return torch.einsum('...bd,bk->...kd', x, create_dct(count, x.shape[-2], 'ortho').to(x))
+
+
+def log_mel_statistics(clips, spectrum, process, with_cepstra=False, **how):
     """The baseline that embarrasses weak encoders: mean and standard deviation of every mel band over the real frames
-    of whole clips (N, 256)."""
+    of whole clips (N, 256); with_cepstra: then the standard deviation of their cepstra (N, 296)."""
     def moments(spec, lengths, _):
+        if with_cepstra:
+            spec = torch.cat([spec, cepstra(spec[..., None], N_CEPSTRA)[..., 0]], dim=2)
         count = frames_in(lengths).clamp(max=spec.shape[1])[:, None]
         real = (torch.arange(spec.shape[1], device=spec.device) < count).float()[:, :, None]
         mean = (spec * real).sum(dim=1) / count
         variance = ((spec - mean[:, None]).square() * real).sum(dim=1) / count
-        return torch.cat([mean, variance.sqrt()], dim=1),
+        return torch.cat([mean[:, :N_MELS], variance.sqrt()], dim=1),
     return over_clips(moments, clips, spectrum, process, torch.no_grad, **how)[0]
 
 

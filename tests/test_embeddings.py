@@ -44,9 +44,9 @@ def test_clip_embeddings_are_those_of_eval(pretrained, tmp_path, ckpt, rate, len
         soundfile.write(tmp_path / f'{i}.wav', wave, rate)
     named = ','.join(f'{tmp_path}/{i}.wav' for i in range(len(waves)))
     assert call(evaluation.run, f'--ckpt={path}', f'--wav={named}', f'--embed={tmp_path}/x.npz', '--device=cpu',
-                '--pool=bands,mean,cls').code == 0
+                '--pool=bands,cepstra,mean,cls').code == 0
     with np.load(tmp_path / 'x.npz') as stored:
-        for pool in ('bands', 'mean', 'cls'):
+        for pool in ('bands', 'cepstra', 'mean', 'cls'):
             model = load(path, pool, device='cpu')
             clip, frames, seconds = model(waves, rate)
             np.testing.assert_allclose(clip, stored[pool], atol=1e-6)

@@ -1,5 +1,6 @@
 """Metrics against scikit-learn, probes, and every mode of eval.py.   python -m pytest tests/test_eval.py"""
 import csv
+import functools
 import json
 import math
 import os
@@ -10,6 +11,7 @@ from statistics import NormalDist
 
 import numpy as np
 import pytest
+import scipy.fft
 import soundfile
 import torch
 from sklearn.linear_model import LogisticRegression
@@ -285,12 +287,25 @@ def test_features_ignore_padding_and_do_not_depend_on_the_batch(data_dir, pretra
     rows = patches[0].repeat_interleave(16, dim=0)[:frames].flatten(1)          # of every frame
     want = {'cls': cls[0], 'mean': rows.view(frames, 8, -1).mean((0, 1)),
             'bands': torch.cat([rows.mean(0), rows.std(0, correction=0)])}
+    shapes = scipy.fft.dct(rows.view(frames, 8, -1).numpy(), axis=1, norm='ortho').reshape(frames, -1)
+    want['cepstra'] = np.concatenate([want['bands'], shapes.std(axis=0)])
     for pool in POOLS:
         big, small = (features(loaded.encoder, clips, loaded.spectrum, CPU, torch.no_grad, pool, layer,
                                batch_size=size) for size in (64, 3))
         assert big.shape == (len(clips), width(loaded.config, pool))
         np.testing.assert_allclose(big, small, atol=1e-5)
         np.testing.assert_allclose(big[shortest], want[pool], atol=2e-5)
+
+
+def test_deviations_are_in_float32_whatever_autocast_says(pretrained, monkeypatch):         # noqa: F811
+    """Of bfloat16's 8 bits the mean of squares less the squared mean would leave nothing: 3 +- 0.1."""
+    loaded, autocast = open_checkpoint(pretrained), functools.partial(torch.autocast, 'cpu', torch.bfloat16)
+    x = 3 + 0.1 * torch.randn(5, 4, 8, 32, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr('scoring.features.states', lambda *_: (x, x[:, 0, 0]))
+    clips = Clips.of_waves([np.zeros(samples_for(64), np.int16)] * 5, list('abcde'))
+    for pool, rows in (('bands', x), ('cepstra', torch.from_numpy(scipy.fft.dct(x.numpy(), axis=2, norm='ortho')))):
+        got = features(loaded.encoder, clips, loaded.spectrum, CPU, autocast, pool)
+        np.testing.assert_allclose(got[:, -256:], rows.flatten(2).std(dim=1, correction=0), atol=2e-3)
 
 
 @pytest.mark.parametrize('batch_size', [1, 2, 7])
@@ -314,12 +329,15 @@ def test_long_clips_are_seen_whole_and_every_frame_once(pretrained, batch_size):
 def test_log_mel_statistics_are_over_real_frames(data_dir):
     clips = open_clips(['noises'], data_dir)
     frames = int(frames_in(clips.length.max()))
-    got = log_mel_statistics(clips, {'frames': frames, 'window': 'hamming', 'mean': 0.0, 'std': 0.5,
-                                                'repeat': False}, CPU, batch_size=5)
+    spectrum = {'frames': frames, 'window': 'hamming', 'mean': 0.0, 'std': 0.5, 'repeat': False}
+    got, more = (log_mel_statistics(clips, spectrum, CPU, with_cepstra, batch_size=5) for with_cepstra in (False, True))
+    assert got.shape[1] == 256 and more.shape[1] == 296
     for i in (0, 3):
         wave = torch.from_numpy(clips.read(i).astype(np.float32) / 32768)[None]
         x = data.fbank(wave - wave.mean(), torch.tensor([wave.shape[1]]))[0]
         np.testing.assert_allclose(got[i], torch.cat([x.mean(0), x.std(0, unbiased=False)]), atol=1e-3)
+        cepstra = scipy.fft.dct(x.double().numpy(), axis=1, norm='ortho')[:, :40]           # as librosa's MFCC
+        np.testing.assert_allclose(more[i], np.concatenate([got[i], cepstra.std(axis=0)]), atol=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------------------------- modes
@@ -338,9 +356,10 @@ def test_a_finetuned_checkpoint_on_its_test_split(straight, data_dir, tmp_path):
 
 def test_probes_of_a_pretrained_checkpoint(pretrained, data_dir):                           # noqa: F811
     result = call(evaluation.run, f'--ckpt={pretrained}', '--dataset=demo', f'--data_dir={data_dir}',
-                  '--labels_per_class=5')
+                  '--labels_per_class=5', '--pool=bands,cepstra')
     assert result.code == 0, result.err
-    for name in ('log-mel statistics', 'random weights, bands', 'bands'):
+    for name in ('log-mel statistics', 'log-mel statistics, cepstra',
+                 *(f'{weights}{pool}' for pool in ('bands', 'cepstra') for weights in ('random weights, ', ''))):
         line = next(line for line in result.out.splitlines() if line.startswith(name + ' '))
         assert 'kNN: accuracy' in line and 'linear probe: accuracy' in line and 'of 40)' in line
 

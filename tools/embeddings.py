@@ -24,7 +24,7 @@ from scoring.metrics import NotFiniteError
 def load(path, pool='bands', layer=0, device='auto', dtype='auto', batch_size=64):
     """Open a checkpoint of any origin for embedding -> Embedder.
 
-    pool: 'bands', 'mean' or 'cls', of the clip embeddings; layer: of block 1 ... L, or 0, the mean of all blocks'
+    pool: 'bands', 'cepstra', 'mean' or 'cls', of the clip embeddings; layer: of block 1 ... L, or 0, the mean of all blocks'
     outputs; device, dtype, batch_size: as in eval.py. Raises CheckpointError, ConfigError.
     """
     if pool not in POOLS:
