@@ -24,8 +24,8 @@ from scoring.metrics import NotFiniteError
 def load(path, pool='bands', layer=0, device='auto', dtype='auto', batch_size=64):
     """Open a checkpoint of any origin for embedding -> Embedder.
 
-    pool: 'bands', 'cepstra', 'mean' or 'cls', of the clip embeddings; layer: of block 1 ... L, or 0, the mean of all blocks'
-    outputs; device, dtype, batch_size: as in eval.py. Raises CheckpointError, ConfigError.
+    pool: 'bands', 'cepstra', 'mean' or 'cls', of the clip embeddings; layer: of block 1 ... L, or 0, the mean of all
+    blocks' outputs; device, dtype, batch_size: as in eval.py. Raises CheckpointError, ConfigError.
     """
     if pool not in POOLS:
         raise ConfigError(f'pool = {pool!r} is none of {", ".join(POOLS)}')
