@@ -85,20 +85,18 @@ def feature_batches(encoder, clips, spectrum, process, autocast, pools, layer=0,
         x, cls = states(encoder, spec, layer)                               # (B, rows, columns, D), (B, D)
         weight = real_frames(lengths, seen[indices].to(spec.device), x.shape[1], encoder.config.patch_frames)
         count = weight.sum(dim=1, keepdim=True)
-        found = [count]
+        found, columns = [count], x.shape[2]
+        rows = {'mean': lambda: x.mean(dim=2), 'bands': lambda: x.flatten(2),
+                'cepstra': lambda: torch.cat([x, cepstra(x, columns)], dim=2).flatten(2)}
         with torch.autocast(x.device.type, enabled=False):                  # bfloat16's squares leave no deviation
             for pool in pools:
-                if pool == 'cls':
-                    found.append(cls * count)
-                elif pool == 'patches':
-                    found.append(x.flatten(1, 2))
-                else:
-                    of_row = x.mean(dim=2) if pool == 'mean' else x.flatten(2)
-                    if pool == 'cepstra':
-                        of_row = torch.cat([of_row, cepstra(x, x.shape[2]).flatten(2)], dim=2)
+                if pool in rows:
+                    of_row = rows[pool]()                                   # (B, rows, F)
                     found.append(torch.einsum('br,brf->bf', weight, of_row))
-                if pool in ('bands', 'cepstra'):
-                    found.append(torch.einsum('br,brf->bf', weight, of_row.square()))
+                    if pool != 'mean':
+                        found.append(torch.einsum('br,brf->bf', weight, of_row.square()))
+                else:
+                    found.append(cls * count if pool == 'cls' else x.flatten(1, 2))
         return found
 
     batches = in_batches(sums, windows, spectrum, process, autocast, **how)
