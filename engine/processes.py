@@ -258,7 +258,8 @@ def commit():
 # ------------------------------------------------------------------------------------------------------------- signals
 
 class Stop:
-    """In its `with`, SIGTERM and SIGINT ask the loop to end after its step; a second Ctrl-C ends at once."""
+    """In its `with`, SIGTERM and SIGINT ask the loop to end after its step; a second Ctrl-C ends at once. An error that
+    leaves it, where there are several processes, keeps it so until the process has said what it is, and ends."""
 
     def __init__(self, process):
         self.process, self.requested, self.pending = process, 0.0, None     # when it was asked, 0: not yet

@@ -54,10 +54,11 @@ class Run:
             self.closing = closing.pop_all()
         return self
 
-    def __exit__(self, kind, *error):
+    def __exit__(self, *error):
+        if error[0]:
+            return self.closing.__exit__(*error)                            # what closes is told of it
         with self.closing:
-            if kind is None:
-                self.process.gather(None)                                   # no signal may end one while another saves
+            self.process.gather(None)                                       # no signal may end one while another saves
 
     @property
     def where(self):

@@ -221,22 +221,28 @@ def test_one_process_dying_stops_the_others_without_a_save(data_dir, tmp_path):
 
 ENDED_ON_ITS_WAY = '''
 import os, signal
+import {stage}
 from engine import processes
+from engine.run import Run
+def finish(*_, **__):
+    raise RuntimeError('[gloo] Connection closed by peer')
 def run(argv):
     try:
-        with processes.Stop(processes.start('cpu')):
-            raise RuntimeError('[gloo] Connection closed by peer')
+        {stage}.run(argv)
     finally:
         os.kill(os.getpid(), signal.SIGTERM)
+Run.finish = finish
 processes.main(run)
 '''
 
 
-def test_the_launchers_signal_does_not_cut_off_the_line_of_who_lost_contact(tmp_path):
+@pytest.mark.parametrize('stage', ['pretrain', 'finetune'])
+def test_the_launchers_signal_does_not_cut_off_the_line_of_who_lost_contact(stage, data_dir, tmp_path):
     """It comes at any moment: here between the loop that has failed and what says so."""
-    (tmp_path / 'ended.py').write_text(ENDED_ON_ITS_WAY)
-    result = script(*torchrun(tmp_path / 'ended.py'), PYTHONPATH=ROOT)
-    assert result.returncode != 0 and 'exitcode  : -15' not in result.stderr
+    (tmp_path / 'ended.py').write_text(ENDED_ON_ITS_WAY.format(stage=stage))
+    result = script(*torchrun(tmp_path / 'ended.py', *(RUN if stage == 'pretrain' else [*FINETUNE, '--init=scratch']),
+                              f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out'), PYTHONPATH=ROOT)
+    assert result.returncode != 0 and 'exitcode  : -15' not in result.stderr, result.stderr
     assert re.search(r'error: process \d lost contact with another one', result.stderr), result.stderr
 
 
