@@ -65,7 +65,6 @@ workers = 0                 # processes that read clips ahead; 0: none
 threads = 0                 # CPU threads; 0: PyTorch's choice
 
 MAX_FEATURE_BYTES = 16 << 30
-FOR_FEATURES = {'features_file', 'dataset', 'data_dir', 'fold', 'labels_per_class', 'seed', 'device', 'threads'}
 
 
 # ---------------------------------------------------------------------------------------------------------------- modes
@@ -226,8 +225,8 @@ def write_embeddings(loaded, settings, process, autocast):
 def check(settings):
     """Raise ConfigError for settings that cannot work."""
     configurator.check_ranges(settings, **ranges.EVALUATE)
-    if settings.features_file and (unused := sorted(settings.given - FOR_FEATURES)):
-        raise ConfigError(f'--features_file is probed by itself: leave out --{unused[0]}')
+    if settings.features_file and (settings.ckpt or settings.wav or settings.embed or settings.csv_file):
+        raise ConfigError('--features_file is probed by itself: leave out --ckpt, --wav, --embed and --csv_file')
     if settings.wav and settings.dataset:
         raise ConfigError('--wav and --dataset both say what is looked at: give one')
     if settings.window and settings.frames:

@@ -409,7 +409,7 @@ def test_features_of_a_file_are_probed_as_a_checkpoints(pretrained, data_dir, tm
     ('integers', ['no array of', 'real numbers']), ('no columns', ['no array of', 'real numbers']),
     ('too large', ['x holds numbers that are not finite']), ('names in rows', ['no array `names`']),
     ('one array', ['is not an .npz']), ('csv_file', ['--csv_file']), ('ckpt', ['leave out --ckpt']),
-    ('pool', ['leave out --pool']), ('wav', ['leave out --wav']), ('dataset', ['--dataset'])])
+    ('dataset', ['--dataset'])])
 def test_a_bad_file_of_features_is_named(data_dir, tmp_path, damage, words):
     path, names = tmp_path / 'theirs.npz', np.array(open_clips(['demo'], data_dir, ['train', 'test']).keys())
     arrays, more = {'names': names, 'x': np.random.default_rng(0).standard_normal((len(names), 3))}, ['--dataset=demo']
@@ -436,8 +436,10 @@ def test_a_bad_file_of_features_is_named(data_dir, tmp_path, damage, words):
         arrays['x'][1:, 0] = -1e300
     elif damage == 'names in rows':
         arrays['names'] = names[:, None]
-    elif damage in ('csv_file', 'ckpt', 'pool', 'wav'):
-        more.append(f'--{damage}=cls')
+    elif damage == 'csv_file':
+        more.append('--csv_file=x.csv')
+    elif damage == 'ckpt':
+        more.append('--ckpt=x.pt')
     elif damage == 'dataset':
         more.clear()
     if damage == 'junk':

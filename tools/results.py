@@ -126,12 +126,11 @@ def probes(settings, task):
     how, found = configured([os.path.join(ROOT, config), *arguments]), {}
     where = processes.provenance(processes.start('cpu'))
     for seed in range(1, settings.seeds + 1):
-        theirs = settings.features_file.replace('{set}', how.dataset)
-        what = [f'--features_file={theirs}'] if theirs else [
-            f'--ckpt={settings.ckpt[seed - 1]}', f'--pool={settings.pool}']
-        command = [*what, f'--dataset={how.dataset}', f'--data_dir={settings.data_dir}',
+        what = (f'--features_file={settings.features_file.replace("{set}", how.dataset)}' if settings.features_file else
+                f'--ckpt={settings.ckpt[seed - 1]}')
+        command = [what, f'--dataset={how.dataset}', f'--data_dir={settings.data_dir}',
                    f'--fold={how.fold}', f'--labels_per_class={how.labels_per_class}', f'--seed={seed}',
-                   '--device=cpu', '--threads=1']
+                   f'--pool={settings.pool}', '--device=cpu', '--threads=1']
         for kind, scores in evaluation.run(command).items():
             for probe, score in scores.items():
                 found.setdefault(f'{probe}, {kind}', []).append(
