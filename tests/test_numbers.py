@@ -15,6 +15,7 @@ import types
 
 import numpy as np
 import pytest
+import scipy.fft
 import soundfile
 import torch
 import torch.nn.functional as F
@@ -714,7 +715,7 @@ def tuned(sets, pretrained):
 def reference_features(encoder, waves, mean, std, frames=64):
     """{pool: (clips, F)} as the docstrings promise, one window and one frame at a time: every real frame of a clip is
     given the patches of its row, of the first window that sees it; means and deviations over those frames."""
-    found = {'cls': [], 'mean': [], 'bands': []}
+    found = {'cls': [], 'mean': [], 'bands': [], 'cepstra': []}
     for wave in waves:
         total = 1 + (len(wave) - 400) // 160
         of_frame, cls = [], []
@@ -734,6 +735,8 @@ def reference_features(encoder, waves, mean, std, frames=64):
         found['cls'].append(np.mean(cls, axis=0))
         found['mean'].append(of_frame.mean(axis=0).reshape(8, -1).mean(axis=0))
         found['bands'].append(np.concatenate([of_frame.mean(axis=0), of_frame.std(axis=0)]))
+        cepstra = scipy.fft.dct(of_frame.reshape(total, 8, -1), axis=1, norm='ortho').reshape(total, -1)
+        found['cepstra'].append(np.concatenate([found['bands'][-1], cepstra.std(axis=0)]))
     return {pool: np.array(values, np.float32) for pool, values in found.items()}
 
 
@@ -767,7 +770,7 @@ def test_probes_see_the_sets_own_statistics_and_only_its_sound(sets, pretrained,
     that a fine-tuning draws from, or with all, none kept back for validation."""
     settings = configure(evaluation.__file__, [f'--ckpt={pretrained}', '--dataset=noises', f'--data_dir={sets.root}',
                                                f'--labels_per_class={few}', f'--seed={seed}',
-                                               '--pool=cls,bands,mean'])
+                                               '--pool=cls,bands,mean,cepstra'])
     train, valid, test, whole = task_splits('noises', sets.root, labels_per_class=few, seed=seed)
     parts = train if few else whole, test
     assert len(valid) and not set(train.keys()) & set(valid.keys())
@@ -786,7 +789,10 @@ def test_probes_see_the_sets_own_statistics_and_only_its_sound(sets, pretrained,
     mels = [[(kaldi_log_mel(wave) - values.mean()) / (2 * values.std()) for wave in part] for part in waves]
     kinds = {**{pool: [part[pool] for part in encoded] for pool in encoded[0]},
              **{f'random weights, {pool}': [part[pool] for part in random] for pool in random[0]},
-             'log-mel statistics': [np.array([[*x.mean(axis=0), *x.std(axis=0)] for x in part]) for part in mels]}
+             'log-mel statistics': [np.array([[*x.mean(axis=0), *x.std(axis=0)] for x in part]) for part in mels],
+             'log-mel statistics, cepstra': [np.array([
+                 [*x.mean(axis=0), *x.std(axis=0), *scipy.fft.dct(x, axis=1, norm='ortho')[:, :40].std(axis=0)]
+                 for x in part]) for part in mels]}
     for kind, (x, t) in kinds.items():
         assert found[kind]['kNN']['right'] == right_by_knn(x, labels[0], t, labels[1]), kind
         scores = found[kind]['linear probe']
@@ -941,7 +947,7 @@ def test_embeddings_are_means_over_sound_not_over_padding(sets, pretrained, tmp_
     for options, (mean, std) in (([], (values.mean(), values.std())),
                                  (['--norm_mean=-6.5', '--norm_std=3.5'], (-6.5, 3.5))):
         made = call(evaluation.run, f'--ckpt={pretrained}', '--dataset=noises', f'--data_dir={sets.root}',
-                    f'--embed={tmp_path}/x.npz', '--batch_size=13', '--dtype=float32', '--pool=bands,cls,mean',
+                    f'--embed={tmp_path}/x.npz', '--batch_size=13', '--dtype=float32', '--pool=bands,cls,mean,cepstra',
                     *options)
         assert made.code == 0, made.err
         with np.load(tmp_path / 'x.npz') as stored:

@@ -19,6 +19,8 @@ from .conftest import ROOT, TINY, call, write_wav
 
 PAGES = ['README.md', *(f'docs/{page}.md' for page in
                         'datasets results ablations scaling paper_and_code performance walkthrough'.split())]
+ALL_PAGES = ['README.md', *(f'docs/{name}' for name in sorted(os.listdir(os.path.join(ROOT, 'docs')))
+                            if name.endswith('.md'))]
 
 
 def read(path):
@@ -129,12 +131,22 @@ def test_the_path_from_a_folder_of_ones_own(tmp_path, monkeypatch):
 
 def test_the_readme_is_short_and_its_links_and_files_exist():
     assert len(README.splitlines()) <= 130
-    links = [os.path.join(os.path.dirname(page), link) for page in PAGES
+    links = [os.path.join(os.path.dirname(page), link) for page in ALL_PAGES
              for link in re.findall(r'\]\((?!http)([^)#]+)[^)]*\)', read(page))]
     tree = re.findall(r'^([a-z_]+(?:\.py|/))', re.search(r'```\n(model\.py.*?)```', README, re.S)[1], re.M)
     assert len(links) >= 5 and len(tree) >= 14
     for path in [*links, *tree]:
         assert os.path.exists(os.path.join(ROOT, path)), path
+
+
+def test_the_sections_that_links_name_exist():
+    """As GitHub calls them: small letters, hyphens for spaces, no other marks."""
+    links = [(os.path.join(os.path.dirname(page), link) if link else page, section) for page in ALL_PAGES
+             for link, section in re.findall(r'\]\((?!http)([^)#]*\.md|)#([^)]+)\)', read(page))]
+    assert len(links) >= 3
+    for path, section in links:
+        titles = re.findall(r'^#+ (.+)$', read(os.path.normpath(path)), re.M)
+        assert section in [re.sub(r'[^\w -]', '', title.lower()).replace(' ', '-') for title in titles], (path, section)
 
 
 def test_tiny_settings_are_settings():

@@ -54,8 +54,9 @@ class Embedder:
         return self.clips(waves), *self.rows(waves)
 
     def clips(self, waves, rate=SAMPLE_RATE, title=''):
-        """Clip embeddings (clips, F) float32, of any length: those of eval.py --embed. F: 2 * columns * D of bands, D
-        of mean and cls. waves: see clips_of; title: of a progress bar, '': none. Raises DataError, CheckpointError."""
+        """Clip embeddings (clips, F) float32, of any length: those of eval.py --embed. F: 2 * columns * D of bands,
+        3 * columns * D of cepstra, D of mean and cls. waves: see clips_of; title: of a progress bar, '': none. Raises
+        DataError, CheckpointError."""
         with self.named():
             return features(self.encoder, clips_of(waves, rate), self.spectrum, self.process, self.autocast, self.pool,
                             self.layer, batch_size=self.batch_size, title=title)
