@@ -56,7 +56,7 @@ def index_path(settings):
 def bound_to(settings):
     """A text that changes with the checkpoint's content, the folder and what else decides the features."""
     content = hashlib.sha256(np.memmap(settings.ckpt, mode='r'))
-    return repr((content.hexdigest(), os.path.realpath(settings.folder), settings.pool, settings.layer))
+    return repr((content.hexdigest(), os.path.realpath(settings.folder), settings.pool, settings.layer, 'float32 sums'))
 
 
 def read_index(path, binding, width):
