@@ -237,11 +237,13 @@ processes.main(run)
 
 
 @pytest.mark.parametrize('stage', ['pretrain', 'finetune'])
-def test_the_launchers_signal_does_not_cut_off_the_line_of_who_lost_contact(stage, data_dir, tmp_path):
+def test_the_launchers_signal_does_not_cut_off_the_line_of_who_has_lost_contact(
+        stage, pretrained, data_dir, tmp_path):                             # noqa: F811
     """It comes at any moment: here between the loop that has failed and what says so."""
     (tmp_path / 'ended.py').write_text(ENDED_ON_ITS_WAY.format(stage=stage))
-    result = script(*torchrun(tmp_path / 'ended.py', *(RUN if stage == 'pretrain' else [*FINETUNE, '--init=scratch']),
-                              f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out'), PYTHONPATH=ROOT)
+    arguments = RUN if stage == 'pretrain' else [*FINETUNE, f'--ckpt={pretrained}']
+    result = script(*torchrun(tmp_path / 'ended.py', *arguments, f'--data_dir={data_dir}', f'--out_dir={tmp_path}/out'),
+                    PYTHONPATH=ROOT)
     assert result.returncode != 0 and 'exitcode  : -15' not in result.stderr, result.stderr
     assert re.search(r'error: process \d lost contact with another one', result.stderr), result.stderr
 
