@@ -81,7 +81,7 @@ def feature_batches(encoder, clips, spectrum, process, autocast, pools, layer=0,
     windows, seen = windows_of(clips, spectrum['frames'])
 
     def sums(spec, lengths, indices):
-        """Sums over the frames of each window: how many they are, then one for each pool, two for deviations."""
+        """Sums over the frames of each window: how many they are, then one for each pool, two with deviations."""
         x, cls = states(encoder, spec, layer)                               # (B, rows, columns, D), (B, D)
         weight = real_frames(lengths, seen[indices].to(spec.device), x.shape[1], encoder.config.patch_frames)
         count = weight.sum(dim=1, keepdim=True)
@@ -178,8 +178,8 @@ def width(config, pool):
 def cepstra(x, count):
     """The first coefficients of the orthonormal DCT-II over bands. (..., bands, D) -> (..., count, D)
 
-    A deviation of the bands knows each by itself; that of their sums knows which of them move together: a moving tone
-    from a louder one.
+    A deviation of the bands knows each by itself; that of their sums knows which of them move together, and tells a
+    tone that wanders over two bands from two that come and go (docs/results.md).
     """
     return torch.einsum('...bd,bk->...kd', x, create_dct(count, x.shape[-2], 'ortho').to(x))
 

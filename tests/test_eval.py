@@ -336,7 +336,7 @@ def test_log_mel_statistics_are_over_real_frames(data_dir):
         wave = torch.from_numpy(clips.read(i).astype(np.float32) / 32768)[None]
         x = data.fbank(wave - wave.mean(), torch.tensor([wave.shape[1]]))[0]
         np.testing.assert_allclose(got[i], torch.cat([x.mean(0), x.std(0, unbiased=False)]), atol=1e-3)
-        cepstra = scipy.fft.dct(x.double().numpy(), axis=1, norm='ortho')[:, :40]           # as librosa's MFCC
+        cepstra = scipy.fft.dct(x.double().numpy(), axis=1, norm='ortho')[:, :40]
         np.testing.assert_allclose(more[i], np.concatenate([got[i], cepstra.std(axis=0)]), atol=1e-3)
 
 
